@@ -1,0 +1,1 @@
+"""Language models: the only rooms that know Flax. Everything else sees the `types.Model` record."""

@@ -1,0 +1,1 @@
+"""Arrays to arrays, one function one equation. No model, no parameters, no config."""

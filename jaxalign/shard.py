@@ -1,0 +1,175 @@
+"""Where arrays live: one mesh of three axes, one rule table, and the three ways to compile a step over it.
+
+    data    rows of the batch; parameters are copies
+    fsdp    rows of the batch; parameters are split, gathered where they are used
+    tensor  heads, MLP columns and vocabulary; rows are copies
+
+Parameters declare logical axes where they are made (`declared`); RULES says which mesh axis each goes to.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+from flax import struct
+from flax.core import meta
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over
+RULES = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "layers": None,
+    "head": None,
+    "context": None,
+    "scalar": None,
+}
+
+
+class Declared(struct.PyTreeNode, meta.AxisMetadata):
+    """A parameter in a box that names its axes. `flax.core.meta.unbox` opens it, and constrains nothing by doing so."""
+
+    value: jax.Array
+    names: tuple = struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, val):
+        return self.replace(value=val)
+
+    def add_axis(self, index, params):
+        return self.replace(names=(*self.names[:index], params[meta.PARTITION_NAME], *self.names[index:]))
+
+    def remove_axis(self, index, params):
+        return self.replace(names=self.names[:index] + self.names[index + 1 :])
+
+
+def declared(init, *names):
+    """The initializer `init`, its result boxed with the logical names of its axes."""
+    return lambda *args: Declared(init(*args), names)
+
+
+def unbox(tree):
+    return meta.unbox(tree)
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; one size may be -1: whatever is left.
+
+    Raises ValueError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        known = -np.prod(sizes)
+        sizes[sizes.index(-1)] = max(1, len(devices) // int(known))
+    if min(sizes) < 1 or np.prod(sizes) != len(devices):
+        asked = f"data={data}, fsdp={fsdp}, tensor={tensor}"
+        raise ValueError(f"mesh {asked} needs {abs(np.prod(sizes))} devices, here are {len(devices)}; -1 fills one axis")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(names, rules=RULES) -> P:
+    """The PartitionSpec of an array with these logical axes. KeyError for an unknown name; ValueError where two axes collide."""
+    axes = [rules[name] if name is not None else None for name in names]
+    used = [axis for axis in axes if axis is not None]
+    if len(used) != len(set(used)):
+        raise ValueError(f"axes {names} all go to one mesh axis: {axes}")
+    return P(*axes)
+
+
+def shardings(abstract, mesh: Mesh, rules=RULES):
+    """The NamedSharding of every leaf of a tree, as `jax.eval_shape` gives it: by declared axes, else one copy everywhere.
+
+    Raises ValueError, with the leaf's path, where an axis does not divide.
+    """
+
+    def one(path, leaf):
+        if not isinstance(leaf, Declared):
+            return NamedSharding(mesh, P())
+        where = spec(leaf.names, rules)
+        for size, axis, name in zip(leaf.value.shape, where, leaf.names):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)}: axis '{name}' of {size} does not divide over mesh axis '{axis}' of {mesh.shape[axis]}"
+                )
+        return leaf.replace_boxed(NamedSharding(mesh, where))
+
+    return unbox(jax.tree_util.tree_map_with_path(one, abstract, is_leaf=lambda x: isinstance(x, Declared)))
+
+
+def create(make, mesh: Mesh, *args):
+    """make(*args) with every leaf made where it belongs: no device ever holds the whole of a sharded tree. -> (tree, shardings)"""
+    where = shardings(jax.eval_shape(make, *args), mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda *a: unbox(make(*a)), out_shardings=where)(*args), where
+
+
+def constrain_rows(x):
+    """Rows split over ROWS and nothing else split: for activations [B, ...]. The identity outside a mesh and inside shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(mesh._name_to_type.get(axis) != AxisType.Auto for axis in ROWS):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(ROWS))
+
+
+def place(rows, mesh: Mesh):
+    """Host arrays [B, ...], the same on every process, as global arrays split over ROWS. ValueError where B does not divide."""
+    split = NamedSharding(mesh, P(ROWS))
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def one(x):
+        x = np.asarray(x)
+        if x.shape[0] % parts:
+            raise ValueError(f"{x.shape[0]} rows do not divide over data x fsdp = {parts} devices")
+        return jax.make_array_from_callback(x.shape, split, lambda index: x[index])
+
+    return jax.tree.map(one, rows)
+
+
+def fetch(tree):
+    """Arrays as NumPy on this host, whole, wherever their parts live."""
+
+    def one(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
+def compile_step(step, mesh: Mesh, where, how: str = "jit"):
+    """A step(state, data, *, axis) -> (state, metrics), compiled over the mesh; the state is donated.
+
+    how = "jit"        the path: XLA splits the work by `where`, the state's shardings
+          "shard_map"  every device runs the step on its rows, sums go over the mesh explicitly; the state is copied
+          "pmap"       the same by jax.pmap
+    The last two are checked alternatives for meshes that only split rows. Results are equal to rounding.
+    """
+    if how == "jit":
+        rows = NamedSharding(mesh, P(ROWS))
+        compiled = jax.jit(step, in_shardings=(where, rows), out_shardings=(where, None), donate_argnums=0)
+
+        def run(state, data):
+            with jax.set_mesh(mesh):
+                return compiled(state, data)
+
+        return run
+    if mesh.shape["tensor"] != 1:
+        raise ValueError(f"{how} copies parameters: it needs a mesh with tensor=1, not {dict(mesh.shape)}")
+    if how == "shard_map":
+        split = jax.shard_map(partial(step, axis=ROWS), mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P(), check_vma=False)
+        return jax.jit(split, donate_argnums=0)
+    if how == "pmap":
+        devices = list(mesh.devices.flat)
+        split = jax.pmap(partial(step, axis="rows"), axis_name="rows", in_axes=(None, 0), out_axes=None, devices=devices)
+        parts = len(devices)
+        return lambda state, data: split(state, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), data))
+    raise ValueError(f"how = {how!r}; there are 'jit', 'shard_map' and 'pmap'")

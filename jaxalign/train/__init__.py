@@ -1,0 +1,1 @@
+"""Steps, optimisers, the loop, and what a run leaves on disk."""
