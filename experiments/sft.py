@@ -1,0 +1,88 @@
+"""Supervised fine-tuning: python -m experiments.sft --config=configs/sft.py"""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from experiments import common
+from jaxalign import shard
+from jaxalign.data import tables, text
+from jaxalign.objectives.supervised import sft
+from jaxalign.train import loop, optim
+from jaxalign.train.step import make_step
+
+
+def documents(tokenizer, *, source, count, held_out, prompt, completion, chat, length, seed):
+    """-> (training documents, held-out documents)"""
+
+    def make(row):
+        asked, answer = text.fill(prompt, row), text.fill(completion, row)
+        if chat:
+            return text.chat(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
+        return text.prompt_completion(tokenizer, asked, answer)
+
+    table = tables.collect(common.read_rows(source, count, seed=seed), make, length=length, source=source, keep="end")
+    return table.documents[:-held_out], table.documents[-held_out:]
+
+
+def held_out_nll(model, mesh, found, size: int, length: int):
+    """-> (params) -> nats a target token of these documents."""
+    measure = shard.on_mesh(jax.jit(partial(sft, model=model)), mesh)
+
+    def nll(params) -> float:
+        loss = weight = 0.0
+        for part, count in common.parts(found, size):
+            batch = tables.pad(part, length)
+            batch.weights[count:] = 0
+            total, sums = measure(params, shard.place(batch, mesh))
+            loss, weight = loss + float(total), weight + float(sums["weight"])
+        return loss / weight
+
+    return nll
+
+
+def run(config, workdir: Path, stages: common.Stages | None = None):
+    """Train on completions. Leaves a model and summary.json: the held-out loss before and after, nats a token."""
+    began = time.monotonic()
+    mesh = shard.make_mesh(**config.mesh)
+    loaded = common.load(config.model.source, config.model, mesh, seed=config.seed, scratch=config.scratch)
+    train, held_out = documents(loaded.tokenizer, seed=config.seed, **config.data)
+    rows = tables.pack(train, config.data.length)
+    objective = partial(sft, model=loaded.model, **config.objective)
+    tx = optim.adam(steps=config.run.steps, **config.optim)
+    state, where = common.new_state(loaded, tx, mesh)
+    step = shard.compile_step(make_step(objective, tx, accumulate=config.run.accumulate), mesh, where)
+    nll = held_out_nll(loaded.model, mesh, held_out, config.run.batch, config.data.length)
+
+    def data_at(i):
+        numbers = tables.order(len(rows), config.run.batch, seed=config.seed, step=i)
+        batch = tables.pack_rows([rows[n] for n in numbers], config.data.length)
+        return shard.place(tables.check(batch, loaded.model.config.vocab), mesh)
+
+    state = loop.fit(
+        step,
+        state,
+        data_at,
+        workdir=workdir,
+        stop=config.run.steps,
+        config=config,
+        identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest},
+        log_every=config.run.log_every,
+        save_every=config.run.save_every,
+        keep=config.run.keep,
+        tokens_per_step=config.run.batch * config.data.length,
+    )
+    summary = {
+        "nll/before": nll(loaded.params),
+        "nll/after": nll(state.params),
+        "documents": len(train),
+        "rows": len(rows),
+        "seconds": time.monotonic() - began,
+    }
+    common.finish(workdir, loaded, state.params, summary)
+
+
+if __name__ == "__main__":
+    common.main(run, "sft")

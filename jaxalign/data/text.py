@@ -1,0 +1,192 @@
+"""From text to tokens with training weights.
+
+Where a prompt ends and a target begins is settled in the text, and pieces are tokenised so that no token lies across: the
+boundary is exact, and it is never searched for in tokens or in decoded text.
+"""
+
+import re
+from string import Formatter
+from typing import NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+
+FIELD = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")  # column[index][index]
+
+
+class Document(NamedTuple):
+    """One text as tokens. weights[0] is 0: nothing predicts the first token."""
+
+    tokens: np.ndarray  # i32 [n]
+    weights: np.ndarray  # f32 [n]; > 0 where the token is a target
+
+
+def prompt_completion(tokenizer, prompt: str, completion: str, *, eos: bool = True, bos: bool | None = None) -> Document:
+    """A prompt and, as the targets, its completion and EOS.
+
+    The tokens of the prompt are those of the prompt alone, which is what a sampler will be given. So is no space put between
+    the two: it belongs to the start of the completion (" yes"), for a prompt that ends in a space is cut into other tokens.
+    With completion = "" and eos = False it is the prompt to sample from.
+    Args:
+        eos: end with the tokenizer's EOS, once, whether or not the completion spells it out.
+        bos: start with the tokenizer's BOS, once likewise; None does as the tokenizer does by habit.
+    Raises ValueError where the tokenizer has no such token.
+    """
+    return _document(tokenizer, [(prompt, 0.0), (completion, 1.0)], eos=eos, bos=bos)
+
+
+def plain(tokenizer, text: str, *, eos: bool = True, bos: bool | None = None) -> Document:
+    """A text of which every token is a target, and EOS. Arguments as of `prompt_completion`."""
+    return _document(tokenizer, [(text, 1.0)], eos=eos, bos=bos)
+
+
+def chat(tokenizer, messages: list[dict], *, generate: bool = False) -> Document:
+    """A conversation through the tokenizer's chat template. Targets: what the assistant says, with the token that ends its turn.
+
+    An assistant's turn begins where the template leaves off for messages[:i] with a generation prompt, and ends with the last
+    special token of messages[:i + 1]. The document ends with its last such turn, as a sampled response does; what a template
+    writes behind it is left out. The pieces are tokenised one by one, so the prompt that is sampled from
+    (`chat(messages[:i], generate=True)`) is a prefix of the document that is trained on, token by token.
+    Args:
+        messages: [{"role": ..., "content": ...}, ...], both strings.
+        generate: the prompt for the assistant's next turn instead; no targets.
+    Raises ValueError where there is no assistant's turn to learn or no turn of another to answer; where the template refuses the
+    messages; where it rewrites an earlier turn once a later one is there; where it ends a turn without a special token.
+    """
+    roles = _roles(messages)
+    turns = [i for i, role in enumerate(roles) if role == "assistant"]
+    if roles[:1] in ([], ["assistant"]):
+        raise ValueError(
+            "a conversation starts with a message to the assistant: " + (f"the roles are {roles}" if roles else "it is empty")
+        )
+    if generate and roles[-1] == "assistant":
+        raise ValueError("the assistant has had the last word already: leave its turn out to sample it anew")
+    if not generate and not turns:
+        raise ValueError(f"no turn of the assistant to learn from: the roles are {roles}; generate=True makes a prompt")
+
+    def render(count, generate):
+        try:
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=generate)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the roles {roles[:count]}: {error}") from error
+
+    whole = render(len(messages), True) if generate else render(turns[-1] + 1, False)
+    pieces, done = [], 0
+    for i in turns:
+        before, after = render(i, True), render(i + 1, False)
+        if not (len(before) >= done and after.startswith(before) and whole.startswith(after)):
+            raise ValueError(
+                f"the chat template writes messages 0 to {i} otherwise once more of them follow, so there is no telling where "
+                f"message {i} stands in the text; make one conversation of each turn of the assistant, ending with it"
+            )
+        end = len(after.rstrip())
+        if not _ends_special(tokenizer, whole[len(before) : end]):
+            raise ValueError(
+                f"the chat template ends the turn of message {i} without a special token: a model would not learn to stop"
+            )
+        pieces += [(whole[done : len(before)], 0.0), (whole[len(before) : end], 0.0 if generate else 1.0)]
+        done = end
+    if generate:
+        pieces.append((whole[done:], 0.0))
+    return _document(tokenizer, pieces, eos=False, bos=False)
+
+
+def fit(document: Document, length: int, *, keep: str = "start") -> Document:
+    """At most `length` tokens: the first ones (keep = "start": EOS goes) or the last ones (keep = "end": BOS goes)."""
+    if keep not in ("start", "end"):
+        raise ValueError(f"keep = {keep!r}; there are 'start' and 'end'")
+    spare = len(document.tokens) - length
+    if spare <= 0:
+        return document
+    kept = slice(length) if keep == "start" else slice(spare, None)
+    return _headless(document.tokens[kept], document.weights[kept])
+
+
+def fill(template: str, row: dict) -> str:
+    """A template with the columns of a row: "{question}", "{targets[0]}", "{answers[text][0]}"; "{{" and "}}" are braces.
+
+    Columns and indices, nothing else: no attributes, conversions or formats. Raises ValueError where there is no such column or
+    index, and where its value is no string or number, for a list or null inside a text is hardly meant.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}") from error
+    return "".join(
+        text if field is None else text + _value(field, format, conversion, row) for text, field, format, conversion in parts
+    )
+
+
+def _value(field, format, conversion, row) -> str:
+    path = FIELD.fullmatch(field)
+    column, indices = (path[1], path[2].strip("[]").split("][") if path[2] else []) if path else (field, [])
+    if format or conversion or column not in row:
+        raise ValueError(f"'{{{field}}}' of the template is not a column; the columns are: {', '.join(row)}")
+    value = row[column]
+    for index in indices:
+        try:
+            value = value[int(index)] if isinstance(value, list | tuple) else value[index]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"'{{{field}}}' of the template: there is no [{index}] in {str(value)[:80]!r}") from error
+    if not isinstance(value, str | int | float):
+        hint = f"; {{{field}[0]}} is its first" if isinstance(value, list | tuple) else ""
+        raise ValueError(f"'{{{field}}}' of the template is no text but a {type(value).__name__}, {str(value)[:80]}{hint}")
+    return str(value)
+
+
+def _document(tokenizer, pieces, *, eos, bos) -> Document:
+    """Pieces of text (text, weight) as one document."""
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is None:
+        bos = tokenizer("a")["input_ids"][:1] == [first]  # the habit of this tokenizer
+    if (bos and first is None) or (eos and last is None):
+        raise ValueError(f"this tokenizer has no {'BOS' if bos and first is None else 'EOS'} token; set it, or ask for none")
+    tokens, weights, before, new = [], [], "", []
+    for text, weight in pieces:
+        new = _following(tokenizer, before, text)
+        tokens, weights = tokens + new, weights + [weight] * len(new)
+        before = text or before
+    if bos and tokens[:1] != [first]:
+        tokens, weights = [first, *tokens], [0.0, *weights]
+    if eos and new[-1:] != [last]:
+        tokens, weights = [*tokens, last], [*weights, 1.0]
+    return _headless(np.array(tokens, np.int32), np.array(weights, np.float32))
+
+
+def _following(tokenizer, before: str, text: str) -> list[int]:
+    """The tokens of `text` where it follows `before`, of which no token is changed.
+
+    Where a token would lie across the boundary, `text` is cut as after a line break, so that a tokenizer which puts a space in
+    front of every text (SentencePiece) puts none here.
+    """
+    if not before or not text:
+        return _ids(tokenizer, text)
+    for anchor in (before, "\n"):
+        both = tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True)
+        count = sum(start < len(anchor) for start, _ in both["offset_mapping"])
+        whole = all(end <= len(anchor) for _, end in both["offset_mapping"][:count])
+        if whole and both["input_ids"][:count] == _ids(tokenizer, anchor):
+            return both["input_ids"][count:]
+    return _ids(tokenizer, text)
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _headless(tokens, weights) -> Document:
+    weights = weights.copy()
+    weights[:1] = 0
+    return Document(tokens, weights)
+
+
+def _ends_special(tokenizer, text: str) -> bool:
+    known = tokenizer.added_tokens_decoder
+    return any(known[token].special for token in _ids(tokenizer, text)[-1:] if token in known)
+
+
+def _roles(messages) -> list[str]:
+    for i, message in enumerate(messages):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+            raise ValueError(f"message {i} is not {{'role': text, 'content': text}}: {str(message)[:120]}")
+    return [message["role"] for message in messages]

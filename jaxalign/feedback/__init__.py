@@ -1,0 +1,1 @@
+"""Where preferences come from, when no person gives them."""

@@ -1,0 +1,73 @@
+"""Scores of whole responses: their scale, the price of KL, and rewards that need no model."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def normaliser(scores, *, mean: float = 0.0, std: float = 1.0):
+    """The affine map that gives `scores` this mean and (population) standard deviation. -> (gain, bias)
+
+    gain = std/std(scores), bias = mean - gain mean(scores). Ziegler et al. 2019 section 2.1. Raises ValueError where all are equal.
+    """
+    scores = jnp.asarray(scores)
+    spread = scores.std()
+    if not spread > 0:
+        raise ValueError(f"{scores.size} scores, all {float(scores.mean()):g}: they cannot be normalised")
+    gain = std / spread
+    return gain, mean - gain * scores.mean()
+
+
+def reference_bias(reference_scores):
+    """The mean score of reference responses; r - bias scores them 0 on average (Huang et al. 2024, N+)."""
+    return jnp.asarray(reference_scores).mean()
+
+
+def fold(params, gain, bias):
+    """A reward model whose scores are gain r + bias, exactly: the map goes into the scalar head."""
+    head = params["scalar"]
+    return {**params, "scalar": {"kernel": head["kernel"] * gain, "bias": head["bias"] * gain + bias}}
+
+
+def update_beta(beta, kl, episodes, *, target: float, horizon: float, limit: float = 0.2):
+    """beta (1 + clip(KL/target - 1, -limit, limit) episodes/horizon). Ziegler et al. 2019 section 2.2. horizon = inf keeps beta.
+
+    Args: kl, nats a response (the sum over its tokens, mean over the batch); episodes, how many responses the batch had.
+    """
+    return beta * (1 + jnp.clip(kl / target - 1, -limit, limit) * episodes / horizon)
+
+
+NEGATIONS = {"not", "never", "no", "hardly", "n't"}
+MODIFIERS = {"very": 1.5, "really": 1.5, "truly": 1.5, "slightly": 0.5, "somewhat": 0.5}
+WORD = re.compile(r"[a-z']+|[.!?,;]")
+
+
+def sentiment(text: str, valences: dict[str, float]) -> float:
+    """A programmatic sentiment: the sum of the valences of the text's words.
+
+    A modifier before a word scales it and a negation turns it round (times -0.75), up to the end of the clause; a word that was
+    said before adds nothing, so repetition does not pay.
+    """
+    total, scale, said = 0.0, 1.0, set()
+    for word in WORD.findall(text.lower()):
+        if word in ".!?,;":
+            scale = 1.0
+        elif word in NEGATIONS:
+            scale *= -0.75
+        elif word in MODIFIERS:
+            scale *= MODIFIERS[word]
+        elif word in valences:
+            total += 0.0 if word in said else scale * valences[word]
+            said.add(word)
+            scale = 1.0
+    return total
+
+
+def score_texts(reward, texts) -> np.ndarray:
+    """reward(text) of every text, f32 [B]. A score that is no finite number raises ValueError and names its text."""
+    scores = [reward(text) for text in texts]
+    for text, value in zip(texts, scores):
+        if value is None or not np.isfinite(value):
+            raise ValueError(f"the reward of this text is {value}, not a finite number: {text!r}")
+    return np.asarray(scores, np.float32)
