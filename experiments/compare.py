@@ -1,7 +1,7 @@
 """Comparisons by a simulated annotator: python -m experiments.compare --config=configs/compare.py
 
-Leaves comparisons.jsonl, a row a prompt: prompt, chosen and rejected as text and as the ids that the model wrote, the gold scores of
-both (which nothing trains on), and the ceiling, how often a judge who knew them would agree with this annotator.
+Leaves comparisons.jsonl, a row a prompt: prompt, chosen and rejected as text and as the ids that the model wrote, the gold scores
+of both (which nothing trains on), and the ceiling, how often a judge who knew them would agree with this annotator.
 """
 
 import json

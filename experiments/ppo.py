@@ -1,7 +1,7 @@
 """RLHF with PPO: python -m experiments.ppo --config=configs/ppo.py
 
-From prompts to an aligned model, top to bottom. Read on in jaxalign/rollout.py (rewards and advantages), jaxalign/objectives/online.py
-(the loss) and jaxalign/train/step.py (the update).
+From prompts to an aligned model, top to bottom. Read on in jaxalign/rollout.py (rewards and advantages),
+jaxalign/objectives/online.py (the loss) and jaxalign/train/step.py (the update).
 """
 
 import json
@@ -146,6 +146,7 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
         state, metrics = iteration(job, state, i)
         return state, metrics | {f"{name}/held_out": float(x.mean()) for name, x in found.items()} | {"samples": samples}
 
+    common.describe(workdir, policy)
     state = loop.fit(
         watched,
         state,

@@ -70,6 +70,7 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
         chosen, rejected = zip(*picked, strict=True)
         return shard.place(tables.pairs(chosen, rejected, np.zeros(len(picked)), config.data.length), mesh)
 
+    common.describe(workdir, loaded)
     state = loop.fit(
         step,
         state,

@@ -61,6 +61,7 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
         batch = tables.pack_rows([rows[n] for n in numbers], config.data.length)
         return shard.place(tables.check(batch, loaded.model.config.vocab), mesh)
 
+    common.describe(workdir, loaded)
     state = loop.fit(
         step,
         state,

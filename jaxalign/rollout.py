@@ -45,9 +45,9 @@ def assemble(
 def describe(rollout: Rollout, entropy, eos: int) -> dict:
     """What to log of a rollout, before any update.
 
-    policy/kl (k1, nats a response: the sum over tokens), policy/kl_k2 and policy/kl_k3 (other estimates of it), policy/entropy (nats a
-    token), policy/length (tokens), policy/eos_rate; reward/score, reward/score_std, reward/total (score less KL penalty, a response);
-    value/explained, 1 - var(target - value)/var(target); advantage/std, before whitening.
+    policy/kl (k1, nats a response: the sum over tokens), policy/kl_k2 and policy/kl_k3 (other estimates of it), policy/entropy
+    (nats a token), policy/length (tokens), policy/eos_rate; reward/score, reward/score_std, reward/total (score less KL penalty, a
+    response); value/explained, 1 - var(target - value)/var(target); advantage/std, before whitening.
     """
     weights = rollout.batch.targets
     rows = weights.shape[0]

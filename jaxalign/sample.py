@@ -1,4 +1,4 @@
-"""Prefill once, then one token at a time with an explicit cache. Decoding runs the forward function that scoring and training run."""
+"""Prefill once, then a token at a time with an explicit cache. Decoding runs the forward function of scoring and training."""
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ def choose(keys, logits, *, temperature: float = 1.0, top_k: int = 0, top_p: flo
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logp = of_logits(logits, tokens).logp
         return tokens, logp, logp
-    kept = filters.top_p(filters.top_k(logits.astype(jnp.float32) / temperature, top_k), top_p)
+    z = logits.astype(jnp.float32) / temperature
+    kept = filters.top_p(filters.top_k(z, top_k), top_p)
     tokens = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
     logp = of_logits(logits, tokens, temperature=temperature).logp
-    drawn = logp if kept is logits else jnp.take_along_axis(jax.nn.log_softmax(kept), tokens[:, None], axis=-1)[:, 0]
+    drawn = logp if kept is z else jnp.take_along_axis(jax.nn.log_softmax(kept), tokens[:, None], axis=-1)[:, 0]
     return tokens, logp, drawn
 
 

@@ -97,8 +97,9 @@ def shardings(abstract, mesh: Mesh, rules=RULES):
         where = spec(leaf.names, rules)
         for size, axis, name in zip(leaf.value.shape, where, leaf.names):
             if axis is not None and size % mesh.shape[axis]:
+                leaf_name = jax.tree_util.keystr(path)
                 raise ValueError(
-                    f"{jax.tree_util.keystr(path)}: axis '{name}' of {size} does not divide over mesh axis '{axis}' of {mesh.shape[axis]}"
+                    f"{leaf_name}: axis '{name}' of {size} does not divide over mesh axis '{axis}' of {mesh.shape[axis]}"
                 )
         return leaf.replace_boxed(NamedSharding(mesh, where))
 

@@ -7,7 +7,8 @@ token given the tokens before it, the value *before* it was emitted, its reward,
 `score.evaluate` is the only function that shifts.
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

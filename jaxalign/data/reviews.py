@@ -28,7 +28,22 @@ VALENCES = {
 GOOD = [word for word, valence in VALENCES.items() if valence > 0 and not word.endswith("ed")]
 BAD = [word for word, valence in VALENCES.items() if valence < 0 and not word.endswith("ed")]
 GOOD_VERBS, BAD_VERBS = ["loved", "liked", "admired"], ["hated", "disliked", "regretted"]
-PARTS = ["film", "plot", "cast", "script", "music", "ending", "story", "pace", "hero", "villain", "dialogue", "camera", "opening", "set"]
+PARTS = [
+    "film",
+    "plot",
+    "cast",
+    "script",
+    "music",
+    "ending",
+    "story",
+    "pace",
+    "hero",
+    "villain",
+    "dialogue",
+    "camera",
+    "opening",
+    "set",
+]
 PEOPLE = ["i", "we", "my friend", "the critics", "the children"]
 NEUTRAL = [
     "{people} saw it on {day} .",
@@ -37,7 +52,12 @@ NEUTRAL = [
     "the {part} follows {number} people .",
 ]
 DAYS, NUMBERS = ["monday", "friday", "sunday"], ["one", "two", "three"]
-OPENINGS = ["the {part} was", "{people} thought the {part} was", "{people} saw it on {day} . the {part}", "the {part} and the {part} were"]
+OPENINGS = [
+    "the {part} was",
+    "{people} thought the {part} was",
+    "{people} saw it on {day} . the {part}",
+    "the {part} and the {part} were",
+]
 
 
 MOODS = [0.15, 0.5, 0.85]  # how likely an opinion is to be good

@@ -69,9 +69,9 @@ class Norm(nn.Module):
         if c.norm == "layer":
             x32 = x32 - x32.mean(-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt((x32**2).mean(-1, keepdims=True) + c.norm_eps)
-        x32 = x32 * self.param("scale", declared(nn.initializers.ones, "embed"), (c.width,))
+        x32 = x32 * self.param("scale", declared(nn.initializers.ones, "embed"), (c.width,))[None, None]
         if c.norm == "layer":
-            x32 = x32 + self.param("bias", declared(nn.initializers.zeros, "embed"), (c.width,))
+            x32 = x32 + self.param("bias", declared(nn.initializers.zeros, "embed"), (c.width,))[None, None]
         return x32.astype(x.dtype)
 
 
@@ -91,7 +91,7 @@ class Linear(nn.Module):
         y = jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
         if self.bias:
             zeros = declared(nn.initializers.zeros, *self.names[self.contract :])
-            y = y + self.param("bias", zeros, self.shape[self.contract :]).astype(x.dtype)
+            y = y + self.param("bias", zeros, self.shape[self.contract :]).astype(x.dtype)[None, None]
         return y
 
 
@@ -160,9 +160,9 @@ class Embedding(nn.Module):
             self.positions = self.param("positions", declared(_normal(0.01), "context", "embed"), (c.context, c.width))
 
     def __call__(self, tokens, positions):
-        x = self.tokens[tokens]
+        x = jnp.asarray(self.tokens)[tokens]  # parameters may be NumPy arrays, which no tracer indexes
         if self.config.positions == "learned":
-            x = x + self.positions[positions]
+            x = x + jnp.asarray(self.positions)[positions]
         return x.astype(self.config.dtype)
 
 

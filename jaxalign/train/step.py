@@ -41,7 +41,7 @@ def make_step(objective, tx: optax.GradientTransformation, *, accumulate: int = 
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (grads, sums))
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"train/grad_norm": optax.global_norm(grads), "train/weight": weight}
+        metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/weight": weight}
         return state.replace(step=state.step + 1, params=params, opt=opt), metrics
 
     return step

@@ -1,0 +1,81 @@
+"""Answers from any model: python -m experiments.sample --config=configs/sample.py --config.prompt="..."
+
+A line of --config.output has the prompt; the text; tokens, its ids; logp of each, in nats at the sampling temperature (1 where
+the text was greedy or given); total, their sum; and drawn_logp, of what top-k or top-p left each token to be drawn from.
+"""
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+
+from experiments import common
+from jaxalign import keys, sample, score, shard
+from jaxalign.data import tables, text
+from jaxalign.train import log
+
+
+def documents(config, tokenizer):
+    """-> (the prompts, a Document of each, with the completion where one is to be scored)"""
+    prompts = [config.prompt]
+    if config.prompts.source:
+        rows = common.read_rows(config.prompts.source, config.prompts.count, seed=config.seed)
+        prompts = [text.fill(config.prompts.template, row) for row in rows]
+
+    def make(prompt):
+        if config.chat and tokenizer.chat_template:
+            asked, given = {"role": "user", "content": prompt}, {"role": "assistant", "content": config.completion}
+            return text.chat(tokenizer, [asked, given] if config.completion else [asked], generate=not config.completion)
+        return text.prompt_completion(tokenizer, prompt, config.completion, eos=False)
+
+    return prompts, [make(prompt) for prompt in prompts]
+
+
+def draw(params, row_keys, prompts, *, model, **settings):
+    """Responses. -> (Batch, {"logp", and "drawn_logp" where it is another})"""
+    batch, logp, drawn_logp = sample.sample(model, params, row_keys, prompts, **settings)
+    cut = settings["temperature"] > 0 and (settings["top_k"] > 0 or settings["top_p"] < 1)
+    return batch, {"logp": logp} | ({"drawn_logp": drawn_logp} if cut else {})
+
+
+def judge(params, _, batch, *, model):
+    """What the model says of texts that are given. -> (Batch, {"logp"})"""
+    return batch, {"logp": score.evaluate(model, params, batch)[0].logp}
+
+
+def run(config):
+    """Print an answer to each prompt, and write all there is to know of it to config.output."""
+    mesh = shard.make_mesh(**config.mesh)
+    loaded = common.load(config.model.source, config.model, mesh, seed=config.seed)
+    prompts, found = documents(config, loaded.tokenizer)
+    length = tables.bucket(max(len(document.tokens) for document in found), 16)
+    if config.completion:
+        work, side, draws = partial(judge, model=loaded.model), "right", 1
+    else:
+        eos = loaded.tokenizer.eos_token_id
+        work, side, draws = partial(draw, model=loaded.model, eos=eos, **config.sample), "left", config.draws
+    work = shard.on_mesh(jax.jit(work), mesh)
+    numbers = np.repeat(np.arange(len(found)), draws)
+    row_keys = keys.of_rows(keys.key(config.seed, "sample"), numbers)
+
+    lines = []
+    for rows, count in common.parts(list(range(len(numbers))), config.batch):
+        padded = tables.pad([found[numbers[row]] for row in rows], length, side=side)
+        placed = shard.place(tables.check(padded, loaded.model.config.vocab, targets=False), mesh)
+        batch, values = shard.fetch(work(loaded.params, row_keys[np.array(rows)], placed))
+        for r, row in list(enumerate(rows))[:count]:
+            written = batch.weights[r] > 0
+            tokens = batch.tokens[r][written]
+            answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+            said = {name: [float(x) for x in value[r][written]] for name, value in values.items()}
+            line = {"prompt": prompts[numbers[row]], "text": answer, "tokens": tokens.tolist(), **said}
+            lines.append(line | {"total": sum(said["logp"])})
+            log.say(f"{line['prompt']} ⟶ {answer}  [{len(tokens)} tokens, log-probability {sum(said['logp']):.3f}]")
+    if config.output and jax.process_index() == 0:
+        with open(config.output, "w") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+if __name__ == "__main__":
+    common.main(run, "sample", folder=False)

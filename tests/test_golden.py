@@ -1,0 +1,552 @@
+"""The golden numbers: every *.json of --golden=DIR goes through the library and comes out equal, in float32 and in float64.
+
+FLOAT32 says for each name how inputs become outputs; every output of a file is compared. FLOAT64 holds the same or a part of it,
+where the library works in the precision that it is given (scores of tokens are float32 always).
+"""
+
+import json
+import tempfile
+from operator import itemgetter
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxalign import rewards, score
+from jaxalign.models import checkpoints, decoder
+from jaxalign.models.attention import attend, positions_of, rope
+from jaxalign.objectives import online, reward, supervised
+from jaxalign.ops import advantages, divergences, filters, policy, preference
+from jaxalign.ops import supervised as cross_entropy
+from jaxalign.ops.masked import masked, masked_mean, masked_sum, whiten
+from jaxalign.train import optim
+from jaxalign.train.step import make_step
+from jaxalign.types import Batch, Model, Pairs, Rollout, TrainState
+
+STILL_TO_COME = {
+    "best_of_n",
+    "dapo_overlong_and_dynamic_sampling",
+    "dpo_family",
+    "ece_brier",
+    "embedding_distance",
+    "gpt1_auxiliary_lm",
+    "group_advantages",
+    "grpo_losses",
+    "hallucination_reward_boundary",
+    "kto",
+    "mmlu_prompt_and_score",
+    "orpo",
+    "overoptimisation_law",
+    "rloo_loss",
+    "rm_best_of_k_softmax",
+    "rm_kwise_instructgpt",
+    "rouge_l",
+    "self_consistency",
+    "self_instruct_filters",
+    "simpo",
+    "tiny_t5_parity",
+}
+
+
+# --------------------------------------------------------- models that say what their parameters say
+
+
+def told(apply, unembed=lambda params, hidden: hidden, scalar=None) -> Model:
+    def forward(params, tokens, segments, cache=None, at=0):
+        return apply(params, tokens), cache
+
+    config = SimpleNamespace(scalar=None if scalar is None else 0.0)
+    return Model(config, None, forward, unembed, scalar, None)
+
+
+LOGITS = told(lambda params, tokens: params["logits"])  # [B,T,V]
+BIGRAM = told(lambda params, tokens: params["table"][tokens])  # [V,V]
+SCORES = told(  # [B]
+    lambda params, tokens: jnp.broadcast_to(params["scores"][:, None, None], (*tokens.shape, 1)),
+    scalar=lambda params, hidden: hidden[..., 0],
+)
+
+
+def _same_for_all_rows(params, tokens):
+    return jnp.broadcast_to(jnp.pad(params["logits"], ((0, 1), (0, 0)))[None], (*tokens.shape, params["logits"].shape[-1]))
+
+
+STEPS = told(_same_for_all_rows)  # [T,V], of tokens 1 .. T after a first one
+
+
+def _two_tokens(params, hidden):
+    logp = jnp.minimum(hidden[..., 0], -1e-3)
+    return jnp.stack([logp, jnp.log1p(-jnp.exp(logp))], axis=-1)
+
+
+LOGP = told(  # logp < 0 and value, [B,T], of token 0 of two, from column 1 on
+    lambda params, tokens: jnp.pad(jnp.stack([params["logp"], params["value"]], -1), ((0, 0), (0, 1), (0, 0))),
+    unembed=_two_tokens,
+    scalar=lambda params, hidden: hidden[..., 1],
+)
+
+
+def ids(x):
+    return jnp.asarray(x, jnp.int32)
+
+
+def rows_of(tokens, weights) -> Batch:
+    return Batch(ids(tokens), jnp.ones(tokens.shape, jnp.int32), weights)
+
+
+def after_first(x):
+    """A first column of zeros: [B,T] about the tokens after one that is given."""
+    return jnp.pad(x, ((0, 0), (1, 0)))
+
+
+# --------------------------------------------------------- supervised
+
+
+def sft_completion_only(i):
+    params, batch = {"logits": i["logits"]}, rows_of(i["input_ids"], i["loss_mask"])
+    loss, sums = supervised.sft(params, batch, model=LOGITS)
+    said, _ = score.evaluate(LOGITS, params, batch)
+    rows, per_row = batch.tokens.shape[0], batch.targets.sum(1, keepdims=True)
+    equal_rows = batch.replace(weights=batch.weights / jnp.maximum(per_row, 1))
+    return {
+        "per_token_logp": masked(said.logp, batch.targets)[:, 1:],
+        "loss_token_mean": loss / sums["weight"],
+        "loss_mean_of_sequence_means": supervised.sft(params, equal_rows, model=LOGITS)[0] / rows,
+        "loss_mean_of_sequence_sums": loss / rows,
+        "n_tokens": sums["weight"],
+    }
+
+
+def sft_label_smoothing_z_loss(i):
+    params, batch = {"logits": i["logits"]}, rows_of(i["input_ids"], i["loss_mask"])
+
+    def mean(**hyper):
+        loss, sums = supervised.sft(params, batch, model=LOGITS, **hyper)
+        return loss / sums["weight"]
+
+    said, _ = score.evaluate(LOGITS, params, batch)
+    return {
+        "ce_label_smoothed": mean(label_smoothing=i["label_smoothing"]),
+        "z_loss": i["z_loss_coef"] * masked_mean(cross_entropy.z_loss(said.log_z), batch.targets),
+        "total": mean(label_smoothing=i["label_smoothing"], z_loss=i["z_loss_coef"]),
+    }
+
+
+def gradient_accumulation_token_weighting(i):
+    sums, counts = np.asarray(i["sum_nll_per_microbatch"]), np.asarray(i["tokens_per_microbatch"], int)
+    parts = len(sums)
+    logp = -sums / counts  # token k follows itself with this log-probability
+    table = np.repeat(np.log(-np.expm1(logp) / parts)[:, None], parts + 1, axis=1)
+    table[range(parts), range(parts)] = logp
+    tokens = np.repeat(np.arange(parts)[:, None], counts.max() + 1, axis=1)  # row k repeats token k
+    weights = np.arange(counts.max() + 1)[None] <= counts[:, None]
+    batch = rows_of(tokens, jnp.asarray(weights, jnp.float32))
+
+    tx = optax.identity()
+    params = {"table": jnp.asarray(table, jnp.float32)}
+    state = TrainState(jnp.int32(0), params, tx.init(params))
+
+    def step(accumulate):
+        return jax.jit(make_step(lambda p, b: supervised.sft(p, b, model=BIGRAM), tx, accumulate=accumulate))
+
+    alone = step(1)
+    each = [alone(state, jax.tree.map(itemgetter(slice(k, k + 1)), batch))[1]["loss/total"] for k in range(parts)]
+    return {"correct": step(parts)(state, batch)[1]["loss/total"], "wrong_mean_of_means": jnp.stack(each).mean()}
+
+
+def logprobs_temperature_entropy(i):
+    batch = rows_of(i["input_ids"], jnp.ones(i["input_ids"].shape))
+    said, _ = score.evaluate(LOGITS, {"logits": i["logits"]}, batch, temperature=i["temperature"])
+    return {"logp": said.logp[:, 1:], "entropy": said.entropy[:, 1:]}
+
+
+def packed_attention_and_loss(i):
+    q, k, v = (i[name][None, :, None] for name in "qkv")
+    segments = ids(i["segment_ids"])[None]
+    positions = positions_of(segments)
+    batch = Batch(ids(i["input_ids"])[None], segments, jnp.ones(segments.shape))
+
+    def loss(batch):
+        return supervised.sft({"logits": i["lm_logits"][None]}, batch, model=LOGITS)
+
+    total, sums = loss(batch)
+    crossed, crossed_sums = loss(batch.replace(segments=jnp.minimum(segments, 1)))
+    return {
+        "attention": attend(q, k, v, segments, segments)[0, :, 0],
+        "attention_with_rope": attend(rope(q, positions), rope(k, positions), v, segments, segments)[0, :, 0],
+        "loss_sum": total,
+        "n_targets": sums["weight"],
+        "loss_token_mean": total / sums["weight"],
+        "wrong_loss_if_borders_counted": crossed / crossed_sums["weight"],
+    }
+
+
+# --------------------------------------------------------- rewards
+
+
+def rm_pairwise_bradley_terry(i):
+    chosen, rejected = i["r_chosen"], i["r_rejected"]
+    side = rows_of(jnp.zeros((len(chosen), 2)), jnp.ones((len(chosen), 2)))
+
+    def mean(chosen, margin, name=None, **hyper):
+        params = {"scores": jnp.concatenate([chosen, rejected])}
+        loss, sums = reward.pairwise(params, Pairs(side, side, margin), model=SCORES, **hyper)
+        return (loss if name is None else sums[name]) / sums["weight"]
+
+    none = jnp.zeros_like(chosen)
+    return {
+        "per_pair": preference.bradley_terry(chosen, rejected),
+        "loss": mean(chosen, none),
+        "loss_margin_small": mean(chosen, i["margin_small"]),
+        "loss_margin_large": mean(chosen, i["margin_large"]),
+        "accuracy": mean(chosen, none, "reward/accuracy"),
+        "grad_r_chosen": jax.grad(mean)(chosen, none),
+        "center_term": mean(chosen, none, centring=i["center_coef"]) - mean(chosen, none),
+    }
+
+
+def reward_normalisation(i):
+    r, target = i["rewards_on_policy_samples"], {"mean": i["target_mean"], "std": i["target_std"]}
+    gain, bias = rewards.normaliser(r, **target)
+    reference_bias = rewards.reference_bias(i["rewards_on_references"])
+    return {
+        "old_mean": (i["target_mean"] - bias) / gain,
+        "old_std_population": i["target_std"] / gain,
+        "gain": gain,
+        "bias": bias,
+        "normalised": gain * r + bias,
+        "reference_bias": reference_bias,
+        "reference_shifted": r - reference_bias,
+    }
+
+
+def rlhf_reward_shaping(i):
+    has_eos, mask = i["has_eos"] > 0, i["mask"]
+    replaced = advantages.without_eos(i["score"], has_eos, replace=i["missing_eos_value"])
+    kl = divergences.k1(i["logp"], i["ref_logp"])
+    shape = (i["logp"], i["ref_logp"], mask)
+    shaped = advantages.token_rewards(*shape, replaced, i["beta"])
+    return {
+        "score_replaced": replaced,
+        "score_subtracted": advantages.without_eos(i["score"], has_eos, penalty=i["missing_eos_penalty"]),
+        "kl_per_token": masked(kl, mask),
+        "sequence_kl": masked_sum(kl, mask, 1),
+        "rewards_last_token": shaped,
+        "rewards_p1_variant": advantages.token_rewards(*shape, replaced, i["beta"], after_last=True),
+        "mean_non_score_reward": advantages.token_rewards(*shape, 0 * replaced, i["beta"]).sum(1).mean(),
+        "mean_rlhf_reward": shaped.sum(1).mean(),
+    }
+
+
+def adaptive_kl_controller(i):
+    beta, seen = i["init"], []
+    for kl in i["observed_kl"]:
+        beta = rewards.update_beta(beta, kl, i["n_steps"], target=i["target"], horizon=i["horizon"])
+        seen.append(beta)
+    return {"trajectory": jnp.stack(seen)}
+
+
+# --------------------------------------------------------- policy gradients
+
+
+def gae(i):
+    mask, hyper = i["mask"], {"gamma": i["gamma"], "lam": i["lam"]}
+    advantage, returns = advantages.gae(i["rewards"], i["values"], mask, **hyper)
+    full = advantages.gae(i["full_rewards"], i["full_values"], jnp.ones_like(i["full_values"]), **hyper)
+    summed, _ = advantages.gae(i["rewards"], i["values"], mask, gamma=i["gamma"], lam=1.0)
+    late = i["expected"]["p1_variant"]["rewards"]  # the file gives them among its outputs; rlhf_reward_shaping checks them
+    late_advantage, late_returns = advantages.gae(jnp.asarray(late), i["values"], advantages.slot_after(mask), **hyper)
+    return {
+        "advantages": advantage,
+        "returns": returns,
+        "full_advantages": full[0],
+        "full_returns": full[1],
+        "lam1_equals_return_minus_value": summed[0, 0],
+        "p1_variant": {"rewards": late, "advantages_unwhitened": masked(late_advantage, mask), "returns": late_returns},
+    }
+
+
+def whitening(i):
+    x, mask = i["x"], i["mask"]
+    return {
+        "biased": whiten(x, mask),
+        "bessel": whiten(x, mask, ddof=1),
+        "biased_no_shift_mean": whiten(x, mask, shift_mean=False),
+        "unmasked_biased": whiten(x, jnp.ones_like(x)),
+    }
+
+
+def reinforce_returns(i):
+    return {"returns": advantages.reward_to_go(i["rewards"], i["mask"], gamma=i["gamma"])}
+
+
+def reinforce_gradient(i):
+    logits, table = i["logits"], i["reward_matrix"]
+    every = np.indices(table.shape).reshape(table.ndim, -1).T  # every sequence, in the order of the matrix
+    first = after_first(ids(every))
+
+    def probabilities(logits):
+        said, _ = score.evaluate(STEPS, {"logits": logits}, rows_of(first, jnp.ones(first.shape)))
+        return jnp.exp(masked_sum(said.logp, after_first(jnp.ones(every.shape)), 1))
+
+    def ascent(tokens, returned, weights):
+        """Minus the gradient of the loss; one return and one weight a row."""
+        weights = jnp.broadcast_to(weights[:, None], tokens.shape)
+        rows, spread = rows_of(tokens, weights), jnp.broadcast_to(returned[:, None], tokens.shape)
+        data = Rollout(rows, None, None, None, None, spread, None, None)
+        return jax.grad(lambda x: -online.reinforce({"logits": x}, data, model=STEPS)[0])(logits)
+
+    sampled, reward_of_it = after_first(ids(i["sampled"])[None]), table[tuple(ids(i["sampled"]))][None]
+    return {
+        "expected_reward": probabilities(logits) @ table.ravel(),
+        "exact_gradient": jax.grad(lambda x: probabilities(x) @ table.ravel())(logits),
+        "expectation_of_estimator": ascent(first, table.ravel(), probabilities(logits)),
+        "single_sample_estimate": ascent(sampled, reward_of_it, jnp.ones(1)),
+        "single_sample_with_baseline": ascent(sampled, reward_of_it - i["baseline"], jnp.ones(1)),
+    }
+
+
+def ppo_ops(i):
+    """The equations alone, in any precision."""
+    mask, advantage, n = i["mask"], i["advantages_whitened"], i["mask"].sum()
+    ratio = jnp.exp(i["logp_new"] - i["logp_old"])
+    clip = {"clip_low": i["cliprange"], "clip_high": i["cliprange"]}
+    surrogate = policy.clipped_surrogate(ratio, advantage, **clip)
+    value_loss = policy.clipped_value_loss(i["values_new"], i["values_old"], i["returns"], clip=i["cliprange_value"])
+    bounded = policy.clipped_surrogate(ratio, advantage, **clip, dual_clip=i["dual_clip_c"])
+
+    def loss(logp):
+        return masked_mean(policy.clipped_surrogate(jnp.exp(logp - i["logp_old"]), advantage, **clip), mask)
+
+    return {
+        "ratio": masked(ratio, mask),
+        "pg_loss": masked_mean(surrogate, mask),
+        "pg_loss_seq_mean_token_mean": masked_mean(surrogate, mask, 1).mean(),
+        "vf_loss": masked_mean(value_loss, mask),
+        "total": masked_sum(surrogate + i["vf_coef"] * value_loss, mask) / n,
+        "approxkl": masked_mean(divergences.k2(i["logp_new"], i["logp_old"]), mask),
+        "mean_ratio": masked_mean(ratio, mask),
+        "pg_loss_dual_clip": masked_mean(bounded, mask),
+        "grad_logp_new": jax.grad(loss)(i["logp_new"]),
+    }
+
+
+def ppo_losses(i):
+    """The objective. Log-probabilities of the file may be positive, which no model can say: all move by one constant."""
+    moved = 1 + jnp.maximum(i["logp_new"].max(), i["logp_old"].max())
+    mask = after_first(i["mask"])
+    data = Rollout(
+        batch=rows_of(jnp.zeros(mask.shape), mask),
+        logp=after_first(i["logp_old"] - moved),
+        ref_logp=None,
+        value=after_first(i["values_old"]),
+        reward=None,
+        advantage=after_first(i["advantages_whitened"]),
+        target=after_first(i["returns"]),
+        score=None,
+    )
+    clip = {"clip_low": i["cliprange"], "clip_high": i["cliprange"], "value_clip": i["cliprange_value"]}
+
+    def means(logp, **hyper):
+        params = {"logp": logp - moved, "value": i["values_new"]}
+        loss, sums = online.ppo(params, data, model=LOGP, value_weight=i["vf_coef"], **clip, **hyper)
+        return loss / sums["weight"], {name: x / sums["weight"] for name, x in sums.items()}
+
+    grad, metrics = jax.grad(means, has_aux=True)(i["logp_new"])
+    ops = ppo_ops(i)
+    return {
+        "ratio": ops["ratio"],
+        "pg_loss": metrics["loss/policy"],
+        "pg_loss_seq_mean_token_mean": ops["pg_loss_seq_mean_token_mean"],
+        "vf_loss": metrics["loss/value"],
+        "total": means(i["logp_new"])[0],
+        "pg_clipfrac": metrics["policy/clipped"],
+        "vf_clipfrac": metrics["value/clipped"],
+        "approxkl": metrics["policy/approx_kl"],
+        "mean_ratio": metrics["policy/ratio"],
+        "pg_loss_dual_clip": means(i["logp_new"], dual_clip=i["dual_clip_c"])[1]["loss/policy"],
+        "grad_logp_new": grad,
+    }
+
+
+def kl_estimators(i):
+    logits, ref = i["categorical_policy_logits"], i["categorical_ref_logits"]
+    p, ref_logp = jax.nn.softmax(logits), jax.nn.log_softmax(ref)
+    out = {"exact_kl": divergences.exact(logits, ref), "exact_grad_kl": jax.grad(divergences.exact)(logits, ref)}
+    out["grad_reverse_kl_ref_pi"] = jax.grad(lambda x: divergences.exact(ref, x))(logits)
+    for name in ("k1", "k2", "k3"):
+        estimator = getattr(divergences, name)
+
+        def each(logits, estimator=estimator):
+            return estimator(jax.nn.log_softmax(logits), ref_logp)
+
+        mean = p @ each(logits)
+        out[name] = estimator(i["logp"], i["ref_logp"])
+        out[f"expected_{name}"], out[f"var_{name}"] = mean, p @ (each(logits) - mean) ** 2
+        out[f"expected_grad_{name}"] = p @ jax.jacobian(each)(logits)
+    del out["var_k2"]  # the files do not hold it
+    return out
+
+
+# --------------------------------------------------------- sampling and optimiser
+
+
+def sampling_filters(i):
+    return {
+        "top_k_probs": jax.nn.softmax(filters.top_k(i["logits"], i["top_k"])),
+        "top_p_probs": jax.nn.softmax(filters.top_p(i["logits"], i["top_p"])),
+    }
+
+
+def adam_pytorch_vs_tensorflow(i):
+    def path(placement):
+        params, seen = i["params"], []
+        hyper = {name: i[name] for name in ("b1", "b2", "eps")}
+        steps = {"learning_rate": i["lr"], "steps": len(i["grads"]), "decay": "constant"}
+        tx = optim.adam(**steps, **hyper, eps_placement=placement, clip_norm=0.0)
+        state = tx.init(params)
+        for grad in i["grads"]:
+            updates, state = tx.update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+            seen.append(params)
+        return jnp.stack(seen)
+
+    return {"torch_optax": path("pytorch"), "tensorflow": path("tensorflow")}
+
+
+# --------------------------------------------------------- checkpoints
+
+
+def tiny_parity(i):
+    """One forward and backward pass over the right-padded, the left-padded and the packed rows; only the first have weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(i["config"]))
+        save_file({name: np.array(x, np.float32) for name, x in i["params"].items()}, Path(folder) / "model.safetensors")
+        config, params = checkpoints.load(folder)
+    model = decoder.build(config)
+    packed = i["packed"]
+    width = len(packed["input_ids"])
+
+    def rows(ids, segments, weight):
+        ids, segments = np.atleast_2d(ids), np.atleast_2d(segments)
+        space = ((0, 0), (0, width - ids.shape[1]))
+        segments = np.pad(segments, space)
+        return Batch(np.pad(ids, space), segments, np.full(segments.shape, weight, np.float32))
+
+    right, left = (rows(*i[f"{side}_padded"].values(), weight) for side, weight in (("right", 1), ("left", 0)))
+    batch = jax.tree.map(lambda *x: jnp.concatenate(x), right, left, rows(packed["input_ids"], packed["segment_ids"], 0))
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            total, sums = supervised.sft(params, batch, model=model)
+            return total / sums["weight"]
+
+        hidden, _ = model.apply(params, batch.tokens, batch.segments)
+        return model.unembed(params, hidden), *jax.value_and_grad(loss)(params)
+
+    logits, nll, grads = run(params)
+    many = len(right.tokens)
+    out = {"nll_token_mean": nll, "global_grad_norm": optax.tree.norm(grads)}
+    for row in range(many):
+        alone = logits[row][right.segments[row] > 0]
+        in_the_pack = logits[-1][np.asarray(packed["segment_ids"]) == row + 1]
+        for other in (logits[many + row][left.segments[row] > 0], in_the_pack):
+            np.testing.assert_allclose(other, alone, atol=1e-5, rtol=1e-5)
+        out[f"logits_sequence_{row}"] = alone
+    with tempfile.TemporaryDirectory() as folder:  # the gradient in the checkpoint's names and layout
+        checkpoints.export(folder, config, grads, family=i["config"]["model_type"])
+        out["grad_norms"] = {name: np.linalg.norm(x) for name, x in load_file(Path(folder) / "model.safetensors").items()}
+    return out
+
+
+FLOAT64 = {
+    "adam_pytorch_vs_tensorflow": adam_pytorch_vs_tensorflow,
+    "adaptive_kl_controller": adaptive_kl_controller,
+    "gae": gae,
+    "kl_estimators": kl_estimators,
+    "ppo_losses": ppo_ops,
+    "reinforce_returns": reinforce_returns,
+    "reward_normalisation": reward_normalisation,
+    "rlhf_reward_shaping": rlhf_reward_shaping,
+    "rm_pairwise_bradley_terry": rm_pairwise_bradley_terry,
+    "sampling_filters": sampling_filters,
+    "whitening": whitening,
+}
+FLOAT32 = FLOAT64 | {
+    "gradient_accumulation_token_weighting": gradient_accumulation_token_weighting,
+    "logprobs_temperature_entropy": logprobs_temperature_entropy,
+    "packed_attention_and_loss": packed_attention_and_loss,
+    "ppo_losses": ppo_losses,
+    "reinforce_gradient": reinforce_gradient,
+    "sft_completion_only": sft_completion_only,
+    "sft_label_smoothing_z_loss": sft_label_smoothing_z_loss,
+    "tiny_gpt2_parity": tiny_parity,
+    "tiny_gpt_neox_parity": tiny_parity,
+    "tiny_llama_parity": tiny_parity,
+    "tiny_qwen2_parity": tiny_parity,
+}
+
+
+EAGER = {gradient_accumulation_token_weighting, reward_normalisation, tiny_parity}  # they read values of arrays
+
+
+# --------------------------------------------------------- the tests
+
+
+def cases_of(folder) -> dict:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def pytest_generate_tests(metafunc):
+    if "case" not in metafunc.fixturenames:
+        return
+    folder = metafunc.config.getoption("golden")
+    cases = cases_of(folder)
+    if not cases:
+        raise pytest.UsageError(f"no golden numbers (*.json) in {folder}")
+    wide = metafunc.function is test_float64
+    kept = {stem: case for stem, case in cases.items() if (case["name"] in FLOAT64 if wide else case["name"] not in STILL_TO_COME)}
+    metafunc.parametrize("case", list(kept.values()), ids=list(kept))
+
+
+def compute(function, case):
+    """function(inputs): lists become float arrays of the precision in force; the file's outputs go with them, as `expected`."""
+    arrays = {k: jnp.asarray(np.array(x, float)) for k, x in case["inputs"].items() if isinstance(x, list)}
+    rest = {k: x for k, x in case["inputs"].items() if k not in arrays} | {"expected": case["outputs"]}
+    run = function if function in EAGER else jax.jit(lambda arrays: function({**arrays, **rest}))
+    return run(arrays if run is not function else {**arrays, **rest})
+
+
+def check(got, want, tolerance, path):
+    if isinstance(want, dict):
+        assert set(got) == set(want), f"{path}: {sorted(got)} are not {sorted(want)}"
+        for key in want:
+            check(got[key], want[key], tolerance, f"{path}/{key}")
+    else:
+        assert np.shape(got) == np.shape(want), f"{path}: shape {np.shape(got)} is not {np.shape(want)}"
+        np.testing.assert_allclose(got, want, atol=tolerance, rtol=tolerance, err_msg=path)
+
+
+def test_float32(case):
+    name = case["name"]
+    assert name in FLOAT32, f"nothing computes {name!r}: map it in FLOAT32"
+    check(compute(FLOAT32[name], case), case["outputs"], 1e-5, name)
+
+
+def test_float64(case):
+    name = case["name"]
+    with jax.enable_x64(True):
+        got = compute(FLOAT64[name], case)
+        check(got, {key: case["outputs"][key] for key in got}, case["tolerance"], name)
+
+
+def test_every_golden_file_is_mapped_or_named_as_still_to_come():
+    names = {case["name"] for case in cases_of(Path(__file__).parent / "golden").values()}
+    assert names == set(FLOAT32) | STILL_TO_COME
+    assert not STILL_TO_COME & set(FLOAT32)

@@ -1,0 +1,138 @@
+"""The sampler is the scorer, and a row's draw is its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import score
+from jaxalign.ops import filters
+from jaxalign.sample import choose, sample
+from jaxalign.types import Batch
+
+LENGTH, EOS = 8, 2
+PROMPTS = [[3, 1, 4, 1], [9], [2, 6], [5, 3, 5], [8, 9, 7, 9], [1, 2]]  # two hold EOS: it ends nothing in a prompt
+
+
+def left_padded(prompts, length=4, pad=0):
+    tokens, segments = np.full((len(prompts), length), pad), np.zeros((len(prompts), length))
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
+    return Batch(jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32), jnp.zeros(tokens.shape, jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def draw(tiny):
+    """(prompts, keys, **settings) -> what `sample` returns, compiled."""
+    run = jax.jit(
+        lambda params, keys, prompts, eos, settings: sample(
+            tiny.model, params, keys, prompts, length=LENGTH, eos=eos, **dict(settings)
+        ),
+        static_argnums=(3, 4),
+    )
+
+    def call(prompts, keys, *, eos=EOS, **settings):
+        return run(tiny.params, keys, prompts, eos, tuple(settings.items()))
+
+    return call
+
+
+def keys_of(*numbers):
+    return jnp.stack([jax.random.key(number) for number in numbers])
+
+
+@pytest.mark.parametrize("temperature, cut", [(0.5, {"top_k": 3}), (1.0, {}), (1.3, {"top_k": 6, "top_p": 0.8})])
+def test_the_sampler_says_what_the_scorer_says(tiny, draw, temperature, cut):
+    batch, logp, drawn = draw(
+        left_padded(PROMPTS), keys_of(*range(6)), **({} if temperature == 1 else {"temperature": temperature}), **cut
+    )
+
+    @jax.jit
+    def check(params):
+        said, _ = score.evaluate(tiny.model, params, batch, temperature=temperature)
+        logits = tiny.model.unembed(params, score.shift(tiny.model.apply(params, batch.tokens, batch.segments)[0]))
+        kept = filters.top_p(filters.top_k(logits / temperature, cut.get("top_k", 0)), cut.get("top_p", 1.0))
+        return said.logp, jnp.take_along_axis(jax.nn.log_softmax(kept), batch.tokens[..., None], -1)[..., 0]
+
+    scored, cut_logp = check(tiny.params)
+    on = np.asarray(batch.weights) > 0
+    assert on.sum() > 20
+    np.testing.assert_array_equal(on, np.asarray(batch.targets) > 0)
+    np.testing.assert_allclose(np.asarray(logp)[on], np.asarray(scored)[on], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(drawn)[on], np.asarray(cut_logp)[on], atol=1e-5, rtol=1e-5)
+    assert np.isfinite(drawn).all() and not np.any(np.asarray(logp)[~on]) and not np.any(np.asarray(drawn)[~on])
+    if cut:
+        assert (np.asarray(drawn)[on] > np.asarray(logp)[on] + 0.01).any()  # something was cut
+    else:
+        np.testing.assert_array_equal(drawn, logp)
+
+
+def test_a_row_depends_on_no_other_row_nor_on_the_padding(draw):
+    keys = keys_of(*range(6))
+    whole = draw(left_padded(PROMPTS), keys)[0]
+    order = np.array([4, 0, 5])
+    some = draw(left_padded([PROMPTS[row] for row in order], length=6, pad=7), keys[order])[0]
+    assert len({tuple(row) for row in np.asarray(whole.tokens)[:, 4:]}) > 3
+    np.testing.assert_array_equal(some.tokens[:, 6:], whole.tokens[order, 4:])
+    np.testing.assert_array_equal(some.weights[:, 6:], whole.weights[order, 4:])
+
+
+def test_equal_prompts_differ_by_their_keys_alone(draw):
+    twins = left_padded([PROMPTS[0]] * 6)
+    tokens = np.asarray(draw(twins, keys_of(5, 5, 6, 7, 8, 9))[0].tokens)
+    np.testing.assert_array_equal(tokens[0], tokens[1])
+    assert len({tuple(row) for row in tokens}) > 2
+
+
+def test_a_response_ends_with_its_first_eos(draw):
+    prompts = left_padded(PROMPTS)
+    batch = jax.device_get(draw(prompts, keys_of(*range(10, 16)))[0])
+    ends = 0
+    for tokens, segments, weights in zip(batch.tokens[:, 4:], batch.segments[:, 4:], batch.weights[:, 4:]):
+        length = int(weights.sum())
+        np.testing.assert_array_equal(weights, np.arange(LENGTH) < length)
+        np.testing.assert_array_equal(segments, weights)
+        assert not tokens[length:].any() and EOS not in tokens[: length - 1]
+        assert length == LENGTH or tokens[length - 1] == EOS
+        ends += tokens[length - 1] == EOS
+    assert 0 < ends < len(PROMPTS)  # both kinds are there
+    np.testing.assert_array_equal(batch.tokens[:, :4], prompts.tokens)
+    np.testing.assert_array_equal(batch.segments[:, :4], prompts.segments)
+    assert not batch.weights[:, :4].any()
+
+
+def test_without_an_eos_every_row_is_full_and_an_empty_prompt_says_nothing(draw):
+    batch, logp, _ = draw(left_padded([*PROMPTS[:5], []]), keys_of(*range(6)), eos=-1, temperature=0.0)
+    np.testing.assert_array_equal(np.asarray(batch.weights).sum(1), [LENGTH] * 5 + [0])
+    assert not np.any(batch.segments[5]) and np.isfinite(logp).all()
+
+
+def test_temperature_0_is_the_argmax_of_the_full_forward_pass(tiny, draw):
+    batch, logp, drawn = draw(left_padded(PROMPTS), keys_of(*range(6)), eos=-1, temperature=0.0)
+    again = draw(left_padded(PROMPTS), keys_of(*range(20, 26)), eos=-1, temperature=0.0)[0]
+    np.testing.assert_array_equal(batch.tokens, again.tokens)
+
+    @jax.jit
+    def forward(params):
+        hidden, _ = tiny.model.apply(params, batch.tokens, batch.segments)
+        return tiny.model.unembed(params, hidden), score.evaluate(tiny.model, params, batch)[0].logp
+
+    logits, scored = forward(tiny.params)
+    np.testing.assert_array_equal(batch.tokens[:, 4:], jnp.argmax(logits, -1)[:, 3:-1])
+    np.testing.assert_allclose(logp[:, 4:], scored[:, 4:], atol=1e-5)
+    np.testing.assert_array_equal(logp, drawn)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 4, "top_p": 0.75}])
+def test_tokens_come_as_often_as_their_probabilities_say(cut):
+    many, temperature = 20_000, 1.3
+    logits = jnp.array([1.5, 0.3, -0.4, 2.0, -3.0, 0.9])
+    spread = jnp.broadcast_to(logits, (many, 6))
+    tokens, logp, drawn = jax.jit(lambda keys: choose(keys, spread, temperature=temperature, **cut))(
+        jax.random.split(jax.random.key(3), many)
+    )
+    p = jax.nn.softmax(filters.top_p(filters.top_k(logits / temperature, cut.get("top_k", 0)), cut.get("top_p", 1.0)))
+    seen = np.bincount(tokens, minlength=6) / many
+    np.testing.assert_array_less(np.abs(seen - p), 4 * np.sqrt(np.asarray(p * (1 - p)) / many) + 1e-9)
+    np.testing.assert_allclose(jnp.exp(drawn), p[tokens], rtol=1e-5)
+    np.testing.assert_allclose(logp, jax.nn.log_softmax(logits / temperature)[tokens], atol=1e-5)
