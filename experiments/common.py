@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import runpy
 import sys
 from dataclasses import asdict, replace
@@ -40,7 +41,8 @@ def main(run, name: str, *, folder: bool = True):
         logging.set_verbosity(logging.WARNING)
         given = flags.FLAGS
         if given.distributed:
-            jax.distributed.initialize()
+            address, *place = given.distributed.split("/")
+            jax.distributed.initialize(*([address, *map(int, place)] if place else []))
         try:
             run(given.config, *([Path(given.workdir)] if folder else []))
         except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
@@ -68,7 +70,9 @@ def _parse(name: str, folder: bool, arguments):
             "config", default, f"Settings, {path} or {path}:VARIANT{known}. Single ones as --config.KEY=VALUE."
         )
         flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-        flags.DEFINE_bool("distributed", False, "This is one of several processes: call jax.distributed.initialize() first.")
+        flags.DEFINE_string(
+            "distributed", "", "One of several processes: 'auto' on a pod or cluster, else ADDRESS:PORT/PROCESSES/NUMBER."
+        )
         if folder:
             help = "Folder of the run: checkpoints, metrics, samples, model, report. A run that is there goes on."
             flags.DEFINE_string("workdir", f"runs/{name}", help)
@@ -76,10 +80,8 @@ def _parse(name: str, folder: bool, arguments):
             flags.FLAGS.register_key_flag_for_module(arguments[0], flags.FLAGS[flag])  # else --help hides them
         return app.parse_flags_with_usage(arguments)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        cause = error.args[0] if error.args else error
-        sys.exit(
-            f"{cause}\nThe settings of {path}, and what they mean, are in that file; one is given as --config.section.key=value"
-        )
+        cause = re.sub(r"[\\'\"]", "", re.sub(r"\\n|\n", ". ", str(error)))  # ml_collections quotes quotes
+        sys.exit(f"no such setting or value: {cause}\nThe settings of {path}, and what they mean, are in that file.")
 
 
 class Stages(NamedTuple):
@@ -212,16 +214,14 @@ def texts(tokenizer, batch: Batch) -> list[tuple[str, str]]:
 
 
 def gold_reward(tokenizer, lexicon: str):
-    """The gold scores of a batch, f32 [B]: `rewards.sentiment` of each row's whole text.
+    """-> (batch) -> the gold scores of its responses, f32 [B]: `rewards.sentiment` of each.
 
     Args: lexicon: "reviews" for the generated world's, or a .jsonl file of token and valence.
     """
     found = reviews.VALENCES if lexicon == "reviews" else {row["token"]: row["valence"] for row in sources.read(lexicon)}
 
     def score(batch: Batch) -> np.ndarray:
-        tokens, real = shard.fetch((batch.tokens, batch.segments > 0))
-        whole = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, real, strict=True)]
-        return score_texts(partial(sentiment, valences=found), whole)
+        return score_texts(partial(sentiment, valences=found), [response for _, response in texts(tokenizer, batch)])
 
     return score
 

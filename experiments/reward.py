@@ -48,7 +48,7 @@ def scorer(model, mesh, size: int, length: int):
 
 
 def run(config, workdir: Path, stages: common.Stages | None = None):
-    """Train on comparisons, then fold into the head the map that gives the held-out responses mean 0 and variance 1.
+    """Train on comparisons. Before and after, the head takes in the map that gives held-out responses mean 0 and variance 1.
 
     summary.json: accuracy on held-out comparisons and its standard error; accuracy_ceiling, what a judge who knew the gold scores
     would reach, and correlation with them, where the rows tell.
@@ -60,6 +60,15 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
     loaded = common.load(source, config.model, mesh, seed=config.seed, head="reward")
     data = config.data.to_dict() | {"source": f"{found}/comparisons.jsonl" if Path(found).is_dir() else found}
     train, held_out, rows = comparisons(loaded.tokenizer, **data)
+    scores = scorer(loaded.model, mesh, config.run.batch, config.data.length)
+
+    def normalised(params):
+        """-> (the model whose scores of the held-out responses have mean 0 and variance 1, those of the chosen and the rejected)"""
+        both = np.stack([scores(params, side) for side in zip(*held_out, strict=True)])
+        gain, bias = rewards.normaliser(both)
+        return rewards.fold(params, gain, bias), gain * both + bias
+
+    loaded = loaded._replace(params=normalised(loaded.params)[0])
     objective = partial(pairwise, model=loaded.model, **config.objective)
     tx = optim.adam(steps=config.run.steps, **config.optim)
     state, where = common.new_state(loaded, tx, mesh)
@@ -84,15 +93,11 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
         keep=config.run.keep,
         tokens_per_step=2 * config.run.batch * config.data.length,
     )
-    scores = scorer(loaded.model, mesh, config.run.batch, config.data.length)
-    chosen, rejected = (scores(state.params, side) for side in zip(*held_out, strict=True))
-    gain, bias = rewards.normaliser(np.concatenate([chosen, rejected]))
+    params, (chosen, rejected) = normalised(state.params)
     right = (chosen > rejected) + 0.5 * (chosen == rejected)
     summary = {
         "reward_model/accuracy": right.mean(),
         "reward_model/accuracy_stderr": right.std() / len(right) ** 0.5,
-        "reward_model/gain": gain,
-        "reward_model/bias": bias,
         "comparisons/trained": len(train),
         "comparisons/held_out": len(held_out),
     }
@@ -101,8 +106,7 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
         summary["reward_model/accuracy_ceiling"] = np.mean([row["ceiling"] for row in rows])
         summary["reward_model/gold_correlation"] = np.corrcoef(gold, np.concatenate([chosen, rejected]))[0, 1]
     summary["seconds"] = time.monotonic() - began
-    folded = rewards.fold(state.params, gain, bias)
-    common.finish(workdir, loaded, folded, {name: float(value) for name, value in summary.items()})
+    common.finish(workdir, loaded, params, {name: float(value) for name, value in summary.items()})
 
 
 if __name__ == "__main__":

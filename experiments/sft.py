@@ -43,14 +43,17 @@ def held_out_nll(model, mesh, found, size: int, length: int):
     return nll
 
 
-def run(config, workdir: Path, stages: common.Stages | None = None):
-    """Train on completions. Leaves a model and summary.json: the held-out loss before and after, nats a token."""
+def run(config, workdir: Path, stages: common.Stages | None = None, objective=sft):
+    """Train on completions. Leaves a model and summary.json: the held-out loss before and after, nats a token.
+
+    Args: objective: (params, Batch, *, model, **config.objective) -> (sum, sums); another one of one's own.
+    """
     began = time.monotonic()
     mesh = shard.make_mesh(**config.mesh)
     loaded = common.load(config.model.source, config.model, mesh, seed=config.seed, scratch=config.scratch)
     train, held_out = documents(loaded.tokenizer, seed=config.seed, **config.data)
     rows = tables.pack(train, config.data.length)
-    objective = partial(sft, model=loaded.model, **config.objective)
+    objective = partial(objective, model=loaded.model, **config.objective)
     tx = optim.adam(steps=config.run.steps, **config.optim)
     state, where = common.new_state(loaded, tx, mesh)
     step = shard.compile_step(make_step(objective, tx, accumulate=config.run.accumulate), mesh, where)

@@ -5,7 +5,7 @@ import numpy as np
 
 def probability(gold_a, gold_b, *, temperature: float):
     """P(a is preferred) = sigmoid((gold_a - gold_b) / temperature). Bradley & Terry 1952. -> f64 [B]"""
-    return 1 / (1 + np.exp(-(np.asarray(gold_a, float) - np.asarray(gold_b, float)) / temperature))
+    return np.exp(-np.logaddexp(0.0, (np.asarray(gold_b, float) - np.asarray(gold_a, float)) / temperature))
 
 
 def prefer(gold_a, gold_b, *, temperature: float, seed: int):

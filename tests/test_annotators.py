@@ -1,0 +1,43 @@
+"""A simulated annotator errs exactly as often as Bradley and Terry say."""
+
+import numpy as np
+import pytest
+
+from jaxalign.feedback.annotators import prefer, probability
+
+MANY = 20000
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("gap", [-3.0, -0.4, 0.0, 0.4, 3.0])
+def test_the_rate_of_agreement_is_the_probability(gap, temperature):
+    a = np.random.default_rng(0).normal(0, 1, MANY)
+    first, ceiling = prefer(a + gap, a, temperature=temperature, seed=1)
+    p = 1 / (1 + np.exp(-gap / temperature))
+    np.testing.assert_allclose(probability(a + gap, a, temperature=temperature), p)
+    assert abs(first.mean() - p) < 4 * (p * (1 - p) / MANY) ** 0.5
+    np.testing.assert_allclose(ceiling, max(p, 1 - p))
+
+
+def test_the_ceiling_is_what_a_judge_who_knew_would_reach():
+    a, b = np.random.default_rng(0).normal(0, 1, (2, MANY))
+    first, ceiling = prefer(a, b, temperature=0.7, seed=2)
+    right = (a > b) == first
+    assert abs(right.mean() - ceiling.mean()) < 4 * (ceiling * (1 - ceiling)).sum() ** 0.5 / MANY
+    assert 0.75 < ceiling.mean() < 0.95
+    blind = np.random.default_rng(3).random(MANY) < 0.5
+    assert (blind == first).mean() < 0.52  # who guesses does not
+
+
+def test_draws_are_independent_and_of_their_seed():
+    same = np.zeros(MANY)
+    first, ceiling = prefer(same, same, temperature=1.0, seed=0)
+    again, other = (prefer(same, same, temperature=1.0, seed=seed)[0] for seed in (0, 1))
+    assert (first == again).all() and abs((first == other).mean() - 0.5) < 0.02 and (ceiling == 0.5).all()
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.03
+
+
+def test_a_cold_annotator_never_errs():
+    with np.errstate(over="raise"):
+        first, ceiling = prefer([1.0, 0.0], [0.0, 1.0], temperature=1e-4, seed=0)
+    assert first.tolist() == [True, False] and (ceiling > 1 - 1e-9).all()

@@ -1,0 +1,432 @@
+"""The programs, from flags to what they leave: one small PPO run with all its stages, stopped, gone on with, and on eight devices."""
+
+import contextlib
+import fcntl
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from configs import new_objective as new_objective_config
+from configs import ppo as ppo_config
+from configs import sample as sample_config
+from experiments import common, new_objective, ppo, reward, sample, sft
+from jaxalign import rewards, score, shard
+from jaxalign.data import reviews, tables, text
+from jaxalign.models import checkpoints, decoder
+from jaxalign.ops.masked import masked_sum
+from jaxalign.rewards import sentiment
+from jaxalign.train import log
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("sft", "compare", "reward")
+
+
+def settings():
+    config = ppo_config.get_config("tiny")
+    config.stages.sft.scratch.architecture.kv_heads = 2  # so that heads divide over the mesh of eight devices
+    return config
+
+
+def run(function, *args, devices=1):
+    """function(*args) as the program has it, on so many of the devices. -> what it printed"""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(shard, "make_mesh", partial(shard.make_mesh, devices=jax.devices()[:devices]))
+        function(*args)
+    return out.getvalue()
+
+
+@contextlib.contextmanager
+def once(factory, name):
+    """A folder that all workers of a test run share. Yields (folder, whether somebody has filled it already); one at a time."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield root / name, (root / f"{name}.made").exists()
+        (root / f"{name}.made").touch()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run of configs/ppo.py:tiny, on one device."""
+    with once(tmp_path_factory, "finished") as (folder, made):
+        if not made:
+            (folder.parent / "finished.txt").write_text(run(ppo.run, settings(), folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory, finished) -> tuple[Path, Path]:
+    """The same run, told to stop in its first iteration: its folder as it was then, and as it was after the same command again."""
+    with once(tmp_path_factory, "stopped") as (folder, made):
+        then = folder.with_name("unfinished")
+        if not made:
+            for stage in STAGES:
+                shutil.copytree(finished / stage, folder / stage)
+            iteration = ppo.iteration
+
+            def told_to_stop(job, state, i):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return iteration(job, state, i)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ppo, "iteration", told_to_stop)
+                with pytest.raises(SystemExit) as ended:
+                    run(ppo.run, settings(), folder)
+            assert ended.value.code == 143
+            shutil.copytree(folder, then, ignore=shutil.ignore_patterns(*STAGES))
+            (folder.parent / "resumed.txt").write_text(run(ppo.run, settings(), folder))
+    return then, folder
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def metrics_of(folder):
+    """The metrics of every step, without what may differ between equal runs."""
+    return [{k: x for k, x in line.items() if not k.startswith("time/")} for line in log.read_lines(folder / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+def test_a_run_says_what_came_out(finished):
+    summary = summary_of(finished)
+    wanted = {"gold/before", "gold/after", "proxy/before", "proxy/after", "kl/final", "kl/target", "seconds"}
+    assert wanted | {"reward_model/accuracy", "reward_model/accuracy_ceiling"} <= summary.keys()
+    assert all(math.isfinite(x) for x in summary.values())
+    assert summary["kl/target"] == settings().kl.target and summary["kl/final"] > 0 and summary["seconds"] > 0
+    assert 0 <= summary["reward_model/accuracy"] <= 1 and 0.5 < summary["reward_model/accuracy_ceiling"] < 1
+    assert summary["proxy/before"] != summary["proxy/after"]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_record(finished):
+    assert {"report.html", "config.json", "samples.jsonl", "model", "tokenizer", "checkpoints", *STAGES} <= {
+        path.name for path in finished.iterdir()
+    }
+    assert json.loads((finished / "config.json").read_text()) == log.plain(settings())
+    lines = metrics_of(finished)
+    assert [line["step"] for line in lines] == [0, 1]
+    assert all(x is not None for line in lines for x in line.values())
+    samples = log.read_lines(finished / "samples.jsonl")
+    assert [line["step"] for line in samples] == [0] * 16 + [1] * 16 + [2] * 16
+    prompts = [line["prompt"] for line in samples]
+    assert prompts[:16] == prompts[16:32] == prompts[32:] and len(set(prompts)) > 8
+    assert summary_of(finished)["gold/after"] == pytest.approx(np.mean([line["gold"] for line in samples[32:]]), abs=1e-6)
+    assert all(line["gold"] == pytest.approx(sentiment(line["response"], reviews.VALENCES), abs=1e-5) for line in samples)
+    page = (finished / "report.html").read_text()
+    assert samples[-1]["response"][:20] in page and "gold/after" in page
+
+
+@pytest.mark.slow
+def test_the_policy_starts_as_its_reference(finished):
+    first, second = metrics_of(finished)
+    assert [first[name] for name in ("policy/kl", "policy/kl_k2", "policy/kl_k3", "kl/held_out")] == [0, 0, 0, 0]
+    assert first["reward/total"] == first["reward/score"]
+    assert first["policy/approx_kl_first"] < 1e-12 and second["policy/approx_kl_first"] < 1e-12
+    assert second["policy/kl"] != 0 and second["kl/held_out"] > 0
+
+
+@pytest.mark.slow
+def test_the_price_of_kl_is_the_controllers(finished):
+    config = settings()
+    beta = config.kl.beta
+    for line in metrics_of(finished):
+        assert line["policy/beta"] == pytest.approx(beta, rel=1e-6)
+        beta = float(
+            rewards.update_beta(beta, line["policy/kl"], config.run.batch, target=config.kl.target, horizon=config.kl.horizon)
+        )
+    assert summary_of(finished)["kl/beta"] == pytest.approx(beta, rel=1e-6) != config.kl.beta
+
+
+@pytest.mark.slow
+def test_comparisons_say_what_the_annotator_saw(finished):
+    rows, temperature = log.read_lines(finished / "compare" / "comparisons.jsonl"), settings().stages.compare.annotator.temperature
+    tokenizer = checkpoints.tokenizer(finished / "sft")
+    assert 100 < len(rows) <= 128
+    for row in rows:
+        gaps = []
+        for side in ("chosen", "rejected"):
+            assert tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True) == row[side]
+            assert row[f"gold_{side}"] == pytest.approx(sentiment(row[side], reviews.VALENCES), abs=1e-5)
+            gaps.append(row[f"gold_{side}"])
+        assert tokenizer.decode(row["prompt_ids"]) == row["prompt"]
+        assert row["chosen_ids"] != row["rejected_ids"]
+        assert row["ceiling"] == pytest.approx(1 / (1 + math.exp(-abs(gaps[0] - gaps[1]) / temperature)), abs=1e-5)
+    summary = summary_of(finished / "compare")
+    assert abs(summary["agreement/annotator"] - summary["agreement/ceiling"]) < 4 * (0.25 / len(rows)) ** 0.5
+    assert len({row["prompt"] for row in rows}) > 40
+
+
+@pytest.mark.slow
+def test_the_reward_model_that_is_left_scores_0_on_average_with_variance_1(finished):
+    config, loaded = checkpoints.load(finished / "reward")
+    model, data = decoder.build(config), settings().stages.reward.data.to_dict()
+    found = data | {"source": str(finished / "compare" / "comparisons.jsonl")}
+    _, held_out, rows = reward.comparisons(checkpoints.tokenizer(finished / "reward"), **found)
+    assert len(held_out) == len(rows) == data["held_out"]
+    sides = [tables.pad(side, data["length"]) for side in zip(*held_out, strict=True)]
+    measure = jax.jit(partial(score.last_scalar, model))
+    chosen, rejected = (np.asarray(measure(loaded, side)) for side in sides)
+    both = np.concatenate([chosen, rejected])
+    assert both.mean() == pytest.approx(0, abs=1e-5) and both.std() == pytest.approx(1, abs=1e-5)
+    right = (chosen > rejected) + 0.5 * (chosen == rejected)
+    assert summary_of(finished / "reward")["reward_model/accuracy"] == pytest.approx(right.mean())
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(finished, stopped):
+    unfinished, resumed = stopped
+    assert not (unfinished / "model").exists() and [line["step"] for line in metrics_of(unfinished)] == [0]
+    said = (resumed.parent / "resumed.txt").read_text()
+    assert "resuming at step 1 of 2" in said
+    for name in ("metrics", "samples"):
+        assert len((resumed / f"{name}.jsonl").read_text().splitlines()) == len(
+            (finished / f"{name}.jsonl").read_text().splitlines()
+        )
+    assert metrics_of(resumed) == metrics_of(finished)
+    assert (resumed / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
+    assert summary_of(resumed) | {"seconds": 0} == summary_of(finished) | {"seconds": 0}
+    assert (resumed / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_stages_are_made_once_and_their_reuse_is_said(finished, stopped):
+    first, again = ((finished.parent / f"{name}.txt").read_text() for name in ("finished", "resumed"))
+    for stage in STAGES:
+        assert first.count(f"stage {stage}: making {finished / stage}") == 1
+    assert again.count("making") == 0 and again.count("stage sft: reusing") == 1 and again.count("stage reward: reusing") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, setting", [("sft", "run.steps"), ("reward", "seed")])
+def test_a_stage_of_other_settings_is_not_reused(finished, stage, setting):
+    config = settings()
+    part = config.stages[stage]
+    part.update_from_flattened_dict({setting: 99})
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    was = log.flat(log.plain(settings().stages[stage]))[setting]
+    with pytest.raises(ValueError, match=rf"stage {stage} in .*: {setting}: {was} -> 99. Delete that folder"):
+        run(ppo.run, config, finished)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_eight_devices_are_one(finished, tmp_path):
+    for stage in STAGES:
+        shutil.copytree(finished / stage, tmp_path / stage)
+    config = settings()
+    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    run(ppo.run, config, tmp_path, devices=8)
+    here, there = (log.read_lines(folder / "samples.jsonl") for folder in (finished, tmp_path))
+    assert [(line["prompt"], line["response"]) for line in here] == [(line["prompt"], line["response"]) for line in there]
+    for one, eight in zip(metrics_of(finished), metrics_of(tmp_path), strict=True):
+        assert one == pytest.approx(eight, rel=1e-4, abs=1e-4)
+    assert metrics_of(tmp_path)[0]["policy/kl"] == 0
+    assert summary_of(finished) | {"seconds": 0} == pytest.approx(summary_of(tmp_path) | {"seconds": 0}, rel=1e-4, abs=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        *(checkpoints.load(folder)[1] for folder in (finished, tmp_path)),
+    )
+
+
+def answers(tmp_path, source, **changed):
+    """The lines that experiments.sample writes, of two prompts of different length. -> [dict]"""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"asked": asked}) + "\n" for asked in ("the film was", "i thought the plot was not")))
+    config = sample_config.get_config()
+    config.model.source = str(source)
+    config.prompts.update(source=str(prompts), template="{asked}")
+    config.update(output=str(tmp_path / "out.jsonl"), batch=4)
+    config.sample.length = 12
+    config.update_from_flattened_dict(changed)
+    said = run(sample.run, config)
+    lines = log.read_lines(tmp_path / "out.jsonl")
+    assert all(line["text"] in said for line in lines)
+    return lines
+
+
+@pytest.mark.slow
+def test_the_model_that_is_left_answers_as_the_last_checkpoint_does(finished, tmp_path):
+    """And a folder without a model, as a run that goes on has it, answers from its newest checkpoint."""
+    going_on = tmp_path / "going_on"
+    shutil.copytree(finished, going_on, ignore=shutil.ignore_patterns("model", *STAGES))
+    exported, kept = answers(tmp_path, finished), answers(tmp_path, going_on)
+    assert exported == kept
+    config, params = checkpoints.load(finished)
+    assert config.scalar is not None and "scalar" in params  # the value head comes along
+    model = decoder.build(config)
+    tokenizer = checkpoints.tokenizer(finished)
+
+    @jax.jit
+    def hidden(tokens):
+        states, _ = model.apply(params, tokens, (tokens >= 0).astype(int))
+        return model.unembed(params, states[0])
+
+    for line in exported:
+        ids = tokenizer(line["prompt"]).input_ids
+        start = len(ids)
+        whole = np.zeros((1, 32), np.int32)  # what is behind does not matter
+        whole[0, : start + len(line["tokens"])] = ids + line["tokens"]
+        logits = np.asarray(hidden(whole))[start - 1 : start - 1 + len(line["tokens"])]
+        assert logits.argmax(axis=1).tolist() == line["tokens"]
+        logp = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        np.testing.assert_allclose(np.take_along_axis(logp, np.array(line["tokens"])[:, None], 1)[:, 0], line["logp"], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_can_be_asked(stopped, finished, tmp_path):
+    early, late = answers(tmp_path, stopped[0]), answers(tmp_path, finished)
+    assert [line["prompt"] for line in early] == [line["prompt"] for line in late]
+    assert [line["logp"] for line in early] != [line["logp"] for line in late]
+
+
+@pytest.mark.slow
+def test_what_a_line_of_output_has(finished, tmp_path):
+    tokenizer = checkpoints.tokenizer(finished)
+    plain = answers(tmp_path, finished, **{"sample.temperature": 1.0, "draws": 3})
+    cut = answers(tmp_path, finished, **{"sample.temperature": 1.0, "draws": 3, "sample.top_k": 5, "sample.top_p": 0.9})
+    greedy = answers(tmp_path, finished, **{"sample.top_k": 5})
+    assert len(plain) == len(cut) == 6 and len(greedy) == 2  # more rows than a batch holds, and fewer
+    fields = {"prompt", "text", "tokens", "logp", "total"}
+    assert all(line.keys() == fields for line in plain + greedy)
+    assert all(line.keys() == fields | {"drawn_logp"} for line in cut)
+    for line in plain + cut + greedy:
+        assert tokenizer.decode(line["tokens"], skip_special_tokens=True) == line["text"]
+        assert len(line["tokens"]) == len(line["logp"]) > 0 and line["total"] == pytest.approx(sum(line["logp"]))
+    for line in cut:  # what a cut leaves is likelier than before, and of 5 tokens one is not rare
+        assert all(drawn >= logp - 1e-5 for drawn, logp in zip(line["drawn_logp"], line["logp"], strict=True))
+        assert min(line["drawn_logp"]) > math.log(0.05) > min(line["logp"])
+    assert len({tuple(line["tokens"]) for line in plain}) == 6  # draws of one prompt differ
+
+
+@pytest.mark.slow
+def test_a_completion_is_scored_as_training_scores_it(finished, tmp_path):
+    lines = answers(tmp_path, finished, completion="very good . i liked it")
+    config, params = checkpoints.load(finished)
+    model, tokenizer = decoder.build(config), checkpoints.tokenizer(finished)
+    found = [text.prompt_completion(tokenizer, line["prompt"], "very good . i liked it", eos=False) for line in lines]
+    batch = tables.pad(found, 24)
+    said, _ = jax.jit(partial(score.evaluate, model))(params, batch)
+    for line, total in zip(lines, masked_sum(said.logp, batch.weights, axis=1), strict=True):
+        assert line["text"] == "very good . i liked it" and line.keys() == {"prompt", "text", "tokens", "logp", "total"}
+        assert line["total"] == pytest.approx(float(total), abs=1e-4) and len(line["logp"]) == 6
+
+
+@pytest.mark.slow
+def test_an_objective_of_ones_own_trains(tmp_path):
+    config = new_objective_config.get_config("tiny")
+    config.run.update(steps=3, log_every=1)
+    config.objective.floor = -4.35  # the mean is log 82 = 4.41 nats a token: a part of the targets stays
+    run(partial(sft.run, objective=new_objective.trusting_sft), config, tmp_path)
+    weights = [line["train/weight"] for line in metrics_of(tmp_path)]
+    rows = summary_of(tmp_path)["rows"]
+    assert len(weights) == 3 and all(0 < weight < config.run.batch * config.data.length for weight in weights) and rows > 16
+    assert all(line["loss/nll"] < 4.35 for line in metrics_of(tmp_path))
+
+
+def test_comparisons_of_text_are_those_of_ids(tmp_path):
+    tokenizer, rows = reviews.tokenizer(), []
+    for opening, good, bad in zip(reviews.openings(6, seed=0), reviews.reviews(6, seed=1), reviews.reviews(6, seed=2), strict=True):
+        rows.append({"prompt": opening, "chosen": good, "rejected": bad})
+    as_ids = [
+        row | {"prompt_ids": tokenizer(row["prompt"]).input_ids}
+        | {f"{side}_ids": [*tokenizer(row[side]).input_ids, tokenizer.eos_token_id] for side in ("chosen", "rejected")}
+        for row in rows
+    ]  # fmt: skip
+    made = []
+    for name, kept in (("text", rows), ("ids", as_ids)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        made.append(
+            reward.comparisons(
+                tokenizer, source=str(tmp_path / f"{name}.jsonl"), count=5, held_out=2, length=99,
+                prompt="{prompt}", chosen="{chosen}", rejected="{rejected}",
+            )
+        )  # fmt: skip
+    for train, held_out, kept in made:
+        assert len(train) == 3 and len(held_out) == 2 and [row["prompt"] for row in kept] == [row["prompt"] for row in rows[3:5]]
+    for part in (0, 1):
+        jax.tree.map(np.testing.assert_array_equal, made[0][part], made[1][part])
+
+
+def test_parts_lose_and_repeat_nothing_that_counts():
+    for many in (1, 3, 4, 9):
+        seen = []
+        for part, count in common.parts(list(range(many)), 4):
+            assert len(part) == 4
+            seen += part[:count]
+        assert seen == list(range(many))
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """(name, *arguments) -> the flags of a program, as it reads them from the repository's root."""
+    monkeypatch.chdir(ROOT)
+    before = set(flags.FLAGS)
+
+    def clear():
+        flags.FLAGS.unparse_flags()
+        for flag in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, flag)
+
+    def call(name, *arguments, folder=True):
+        clear()
+        argv = [f"experiments/{name}.py", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks there
+        common._parse(name, folder, argv)
+        return flags.FLAGS
+
+    yield call
+    clear()
+
+
+def test_flags_change_single_settings(parse):
+    given = parse("ppo", "--config=configs/ppo.py:tiny", "--config.seed=5", "--config.kl.horizon=inf", "--workdir=here")
+    assert given.workdir == "here" and given.config.kl.horizon == math.inf and given.config.run.iterations == 2
+    assert [given.config.stages[stage].copy_and_resolve_references().seed for stage in STAGES] == [5, 5, 5]
+    given = parse("ppo", "--config.stages.sft.run.steps=7", "--config.unended.replace=-1.5", "--config.mesh.data=4")
+    assert given.workdir == "runs/ppo" and given.config.stages.sft.run.steps == 7 and given.config.mesh.data == 4
+    assert given.config.unended.replace == -1.5 and given.config.objective.dual_clip is None
+    assert parse("sample", "--config.prompt=a b", folder=False).config.prompt == "a b"
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--config=configs/pop.py"], ["no file configs/pop.py", "configs/ppo.py", "configs/sft.py"]),
+        (["--config=configs/ppo.py:tidy"], ["no variant 'tidy'", "reviews, tiny, smollm2"]),
+        (["--config.run.iteration=3"], ["iteration", "Did you mean", "iterations", "configs/ppo.py"]),
+        (["--config.optim.learning_rate=fast"], ["--config.optim.learning_rate=fast", "could not convert string to float"]),
+        (["--config.run.iterations=2.5"], ["--config.run.iterations=2.5", "int()"]),
+    ],
+)
+def test_a_wrong_flag_leads_to_the_right_one(parse, capsys, arguments, says):
+    with pytest.raises(SystemExit) as ended:
+        parse("ppo", *arguments)
+    told = f"{ended.value.code} {capsys.readouterr().err}"
+    assert all(part in told for part in says), told
+    assert ended.value.code != 0 and "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_what_a_user_can_mend_ends_in_a_paragraph(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"text": "the film was good ."}\n{"text": ["a", "list"]}\n')
+    command = [sys.executable, "-m", "experiments.sft", "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}"]
+    ended = subprocess.run(
+        [*command, f"--config.data.source={tmp_path / 'mine.jsonl'}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "row 1: '{text}' of the template is no text but a list" in ended.stderr and "--debug" in ended.stderr

@@ -1,0 +1,99 @@
+"""Scores: their scale, the price of KL, and a sentiment that follows its own laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxalign import rewards, score
+from jaxalign.rewards import sentiment
+from jaxalign.types import Batch
+
+VALENCES = {"good": 0.5, "great": 1.0, "bad": -0.5, "dull": -1.0}
+
+
+def test_a_folded_model_gives_the_normalised_scores(tiny):
+    draw = np.random.default_rng(1)
+    tokens, lengths = draw.integers(0, 14, (24, 7), np.int32), draw.integers(1, 8, (24, 1))
+    real = (np.arange(7)[None] < lengths).astype(np.int32)
+    batch = Batch(tokens, real, np.zeros((24, 7), np.float32))
+    measure = jax.jit(lambda params: score.last_scalar(tiny.model, params, batch))
+    before = np.asarray(measure(tiny.params))
+    assert before.std() > 0.1
+    for mean, std in ((0.0, 1.0), (-3.0, 0.25)):
+        gain, bias = rewards.normaliser(before, mean=mean, std=std)
+        kept = jax.tree.map(jnp.copy, tiny.params)
+        after = np.asarray(measure(rewards.fold(tiny.params, gain, bias)))
+        np.testing.assert_allclose(after, np.float32(gain) * before + np.float32(bias), rtol=1e-5, atol=1e-5)
+        assert after.mean() == pytest.approx(mean, abs=1e-5) and after.std() == pytest.approx(std, rel=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, tiny.params, kept)  # the model that came in is as it was
+
+
+@pytest.mark.parametrize("scores", [[2.0] * 3, [0.1] * 100, [0.0], [1.0, float("nan")]])
+def test_scores_that_cannot_be_normalised_are_refused(scores):
+    with pytest.raises(ValueError, match=f"{len(scores)} scores, all .* cannot be normalised"):
+        rewards.normaliser(np.float32(scores))
+
+
+def test_the_bias_of_the_reference_scores_it_0_on_average():
+    scores = jnp.array([1.0, -2.0, 7.0])
+    assert (scores - rewards.reference_bias(scores)).mean() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kl, factor",
+    [(6.0, 1.0), (6.6, 1 + 0.1 * 64 / 1000), (600.0, 1 + 0.2 * 64 / 1000), (5.4, 1 - 0.1 * 64 / 1000), (0.0, 1 - 0.2 * 64 / 1000)],
+)
+def test_kl_above_its_target_raises_its_price_by_a_bounded_step(kl, factor):
+    beta = rewards.update_beta(jnp.float32(0.1), jnp.float32(kl), 64, target=6.0, horizon=1000.0)
+    assert float(beta) == pytest.approx(0.1 * factor, rel=1e-6)
+
+
+def test_an_infinite_horizon_keeps_the_price():
+    assert rewards.update_beta(jnp.float32(0.1), jnp.float32(99.0), 64, target=6.0, horizon=float("inf")) == np.float32(0.1)
+
+
+@pytest.mark.parametrize(
+    "text, points",
+    [
+        ("the film was good .", 0.5),
+        ("The film was GOOD!", 0.5),
+        ("good and dull", -0.5),
+        ("very good", 0.75),
+        ("slightly bad", -0.25),
+        ("not good", -0.375),
+        ("never dull", 0.75),
+        ("not very good", -0.5625),
+        ("not bad and good", 0.875),  # a negation is spent on the first word that has a valence
+        ("not a film that is good", -0.375),  # however far away in its clause
+        ("not for me . good", 0.5),  # and ends with it
+        ("not , good", 0.5),
+        ("very ; good", 0.5),
+        ("it is never , ever , dull", -1.0),
+        ("a film", 0.0),
+        ("", 0.0),
+        ("goodness badly", 0.0),  # words, not parts of words
+    ],
+)
+def test_negations_and_modifiers_hold_to_the_end_of_their_clause(text, points):
+    assert sentiment(text, VALENCES) == pytest.approx(points)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from(["good", "great", "bad", "dull", "not", "very", "film", ".", ","]), max_size=12))
+def test_saying_it_again_does_not_pay(words):
+    once = " ".join(words)
+    assert sentiment(f"{once} . {once}", VALENCES) == pytest.approx(sentiment(once, VALENCES))
+
+
+def test_texts_are_scored_one_by_one():
+    scores = rewards.score_texts(len, ["", "ab", "abc"])
+    assert scores.tolist() == [0, 2, 3] and scores.dtype == np.float32
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_score_that_is_no_number_names_its_text(value):
+    with pytest.raises(ValueError, match=f"the reward of this text is {value}, .*: 'the second'"):
+        rewards.score_texts({"the first": 1.0, "the second": value}.get, ["the first", "the second"])
