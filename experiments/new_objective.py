@@ -5,7 +5,7 @@ It is one function: no class, no registration, no flag. Copy this file and its c
 
 from functools import partial
 
-from experiments import common, sft
+from experiments import launch, sft
 from jaxalign import score
 from jaxalign.ops.masked import masked_sum
 
@@ -21,4 +21,4 @@ def trusting_sft(params, data, *, model, floor: float):
 
 
 if __name__ == "__main__":
-    common.main(partial(sft.run, objective=trusting_sft), "new_objective")
+    launch.main(partial(sft.run, objective=trusting_sft), "new_objective")

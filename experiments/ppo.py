@@ -6,6 +6,7 @@ jaxalign/objectives/online.py (the loss) and jaxalign/train/step.py (the update)
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, compare, reward, sft
+from experiments import common, compare, launch, reward, sft
 from jaxalign import keys, rewards, rollout, score, shard
 from jaxalign.data import tables
 from jaxalign.objectives.online import ppo
@@ -28,10 +29,11 @@ class Job(NamedTuple):
 
     config: Any
     mesh: Any
+    vocab: int
     reference: Any  # parameters
     judge: Any  # parameters of the reward model
     prompts: list
-    held_out: list  # prompts that are never trained on
+    held_out: list  # prompts that are not among those
     draw: Any  # (params, keys, prompts) -> Batch
     judged: Any  # (judge, batch) -> f32 [B]
     ended: Any  # (batch) -> f32 [B], 1 where the response has its EOS
@@ -45,7 +47,7 @@ class Job(NamedTuple):
 def respond(job: Job, params, documents, numbers, role: str, step: int):
     """Responses to these prompts, and their scores by the reward model. -> (Batch, f32 [B])"""
     row_keys = keys.of_rows(keys.key(job.config.seed, role, step), numbers)
-    batch = job.draw(params, row_keys, common.rows_of(documents, numbers, job.config.prompts.length, job.mesh))
+    batch = job.draw(params, row_keys, common.rows_of(documents, numbers, job.config.prompts.length, job.mesh, job.vocab))
     scores = job.judged(job.judge, batch)
     return batch, advantages.without_eos(scores, job.ended(batch) > 0, **job.config.unended)
 
@@ -70,9 +72,16 @@ def iteration(job: Job, state, i: int):
         for rows in jnp.split(order, run.minibatches):
             state, of_update = job.update(state, job.take(data, rows))
             updates.append(of_update)
-    metrics |= jax.tree.map(lambda *x: jnp.stack(x).mean(), *updates)
-    metrics["policy/approx_kl_first"] = updates[0]["policy/approx_kl"]  # 0, or sampling and training disagree
-    beta = rewards.update_beta(beta, metrics["policy/kl"], run.batch, target=job.config.kl.target, horizon=job.config.kl.horizon)
+    metrics = jax.tree.map(lambda *x: jnp.stack(x).mean(), *updates) | metrics  # policy/entropy is that of the rollout
+    metrics["policy/approx_kl_first"] = updates[0]["policy/approx_kl"]  # 0 but for rounding, or sampling and training disagree
+    beta = rewards.update_beta(
+        beta,
+        metrics["policy/kl"],
+        run.batch,
+        target=job.config.kl.target,
+        horizon=job.config.kl.horizon,
+        limit=job.config.kl.limit,
+    )
     state = jax.block_until_ready(state.replace(loop={"beta": beta}))
     clock.append(time.perf_counter())
     times = dict(zip(("time/sample_s", "time/score_s", "time/update_s"), np.diff(clock).tolist(), strict=True))
@@ -100,7 +109,12 @@ def prepare(config, mesh, policy, judge):
     tx = optim.adam(steps=config.run.iterations * config.run.epochs * config.run.minibatches, **config.optim)
     state, where = common.new_state(policy, tx, mesh, beta=config.kl.beta)
     objective = partial(ppo, model=policy.model, temperature=temperature, **config.objective)
-    documents = common.openings(policy.tokenizer, seed=config.seed, **config.prompts).documents
+    found = common.openings(policy.tokenizer, seed=config.seed, **config.prompts)
+    _, held_out = common.split(found, config.evaluate.prompts, "evaluate.prompts")
+    known = {document.tokens.tobytes() for document in held_out}
+    prompts = [document for document in found if document.tokens.tobytes() not in known]
+    if not prompts:
+        raise ValueError(f"no prompt is left to train on beside the {len(known)} different ones held out; lower evaluate.prompts")
 
     def compiled(function, **settings):
         return shard.on_mesh(jax.jit(partial(function, **settings)), mesh)
@@ -108,10 +122,11 @@ def prepare(config, mesh, policy, judge):
     job = Job(
         config,
         mesh,
+        policy.model.config.vocab,
         reference=policy.params,
         judge=judge.params,
-        prompts=documents[config.evaluate.prompts :],
-        held_out=documents[: config.evaluate.prompts],
+        prompts=prompts,
+        held_out=held_out,
         draw=common.sampler(policy.model, mesh, eos, config.sample),
         judged=compiled(partial(score.last_scalar, judge.model)),
         ended=compiled(rollout.ended, eos=eos),
@@ -124,14 +139,14 @@ def prepare(config, mesh, policy, judge):
     return job, state
 
 
-def run(config, workdir: Path, stages: common.Stages | None = None):
+def run(config, workdir: Path, stages: launch.Stages | None = None):
     """Make the stages that are missing, then raise the reward of the policy's samples, held near the reference by a price of KL."""
-    began = time.monotonic()
     mesh = shard.make_mesh(**config.mesh)
-    stages = stages or common.Stages(workdir, config.stages, {"sft": sft.run, "compare": compare.run, "reward": reward.run})
+    stages = stages or launch.Stages(workdir, config.stages, {"sft": sft.run, "compare": compare.run, "reward": reward.run})
     policy_source, judge_source = stages.path(config.model.source), stages.path(config.reward_model.source)
+    began = time.monotonic()
     policy = common.load(policy_source, config.model, mesh, seed=config.seed, head="value")
-    judge = common.load(judge_source, config.reward_model, mesh, seed=config.seed, head="reward")
+    judge = common.load(judge_source, config.reward_model, mesh, seed=config.seed, head="reward", draw_head=False)
     if policy.tokenizer_digest != judge.tokenizer_digest:
         raise ValueError(f"the policy ({policy_source}) and its reward model ({judge_source}) have different tokenizers")
     job, state = prepare(config, mesh, policy, judge)
@@ -146,7 +161,8 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
         state, metrics = iteration(job, state, i)
         return state, metrics | {f"{name}/held_out": float(x.mean()) for name, x in found.items()} | {"samples": samples}
 
-    common.describe(workdir, policy)
+    launch.begin(workdir, policy)
+    around = time.monotonic() - began
     state = loop.fit(
         watched,
         state,
@@ -155,12 +171,11 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
         stop=config.run.iterations,
         config=config,
         identity={"reference": policy.digest, "reward model": judge.digest, "tokenizer": policy.tokenizer_digest},
-        log_every=config.run.log_every,
-        save_every=config.run.save_every,
-        keep=config.run.keep,
+        **config.loop,
     )
+    ended = time.monotonic()
     (before, _), (after, samples) = measure(job.reference), measure(state.params)
-    common.append(workdir / "samples.jsonl", [{"step": config.run.iterations, **sample} for sample in samples])
+    launch.append(workdir / "samples.jsonl", [{"step": config.run.iterations, **sample} for sample in samples])
     summary = {}
     for name in [name for name in ("gold", "proxy") if name in after]:
         summary |= {f"{name}/before": before[name].mean(), f"{name}/after": after[name].mean()}
@@ -169,9 +184,11 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
     told = Path(judge_source) / "summary.json"  # of the reward stage, where the reward model is one's own
     if told.exists():
         summary |= {name: x for name, x in json.loads(told.read_text()).items() if name.startswith("reward_model/acc")}
-    summary["seconds"] = time.monotonic() - began
-    common.finish(workdir, policy, state.params, {name: float(x) for name, x in summary.items()})
+    summary["seconds"] = stages.seconds() + around + launch.looped(workdir) + time.monotonic() - ended
+    plain = policy.model._replace(config=replace(policy.model.config, scalar=None))
+    aligned = {name: leaf for name, leaf in state.params.items() if name != "scalar"}  # the critic stays in the checkpoints
+    launch.finish(workdir, policy._replace(model=plain), aligned, summary)
 
 
 if __name__ == "__main__":
-    common.main(run, "ppo")
+    launch.main(run, "ppo")

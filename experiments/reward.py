@@ -7,68 +7,71 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import common, compare, sft
+from experiments import common, compare, launch, sft
 from jaxalign import rewards, score, shard
-from jaxalign.data import sources, tables, text
+from jaxalign.data import tables, text
 from jaxalign.objectives.reward import pairwise
 from jaxalign.train import loop, optim
 from jaxalign.train.step import make_step
 
 
-def comparisons(tokenizer, *, source, count, held_out, prompt, chosen, rejected, length):
-    """-> (training pairs, held-out pairs, rows of the held-out pairs); a pair is (chosen, rejected), two Documents.
+def comparisons(tokenizer, *, source, count, held_out, prompt, chosen, rejected, margin, chat, length):
+    """-> (training pairs, held-out pairs), each (chosen, rejected, row), two Documents and what the source says of them.
 
     Rows that experiments.compare made carry the ids that the model wrote, which are used as they are; others are tokenised.
     """
 
     def make(row):
-        if "chosen_ids" in row:
-            sides = [np.array(row["prompt_ids"] + row[side], np.int32) for side in ("chosen_ids", "rejected_ids")]
-            return tuple(text.Document(ids, (np.arange(len(ids)) >= len(row["prompt_ids"])).astype(np.float32)) for ids in sides)
-        asked = text.fill(prompt, row)
-        return tuple(text.prompt_completion(tokenizer, asked, text.fill(side, row)) for side in (chosen, rejected))
+        if "chosen_ids" not in row:
+            asked = text.fill(prompt, row)
+            return tuple(common.document(tokenizer, asked, text.fill(side, row), chat=chat) for side in (chosen, rejected))
+        if tokenizer.decode(row["chosen_ids"], skip_special_tokens=True) != row["chosen"]:
+            raise ValueError("chosen_ids are not the tokens of 'chosen': another tokenizer wrote these comparisons")
+        sides = [np.array(row["prompt_ids"] + row[side], np.int32) for side in ("chosen_ids", "rejected_ids")]
+        return tuple(text.Document(ids, (np.arange(len(ids)) >= len(row["prompt_ids"])).astype(np.float32)) for ids in sides)
 
-    rows = sources.read(source)
-    table = tables.collect(rows[:count] if count else rows, make, length=length, source=source, keep="end")
-    kept = [rows[n] for n in table.rows[-held_out:]]
-    return table.documents[:-held_out], table.documents[-held_out:], kept
+    rows = common.read_rows(source, count, seed=0)
+    table = common.collect(rows, make, length=length, source=source, keep="end")
+    told = [rows[n] | {"margin": float(text.fill(margin, rows[n])) if margin else 0.0} for n in table.rows]
+    return common.split([(*pair, row) for pair, row in zip(table.documents, told, strict=True)], held_out, "data.held_out")
 
 
-def scorer(model, mesh, size: int, length: int):
+def scorer(model, mesh, *, size: int, length: int):
     """-> (params, documents) -> their scores, f32 [n]."""
     measure = shard.on_mesh(jax.jit(partial(score.last_scalar, model)), mesh)
 
     def scores(params, documents):
         found = []
         for part, count in common.parts(list(documents), size):
-            found.append(shard.fetch(measure(params, shard.place(tables.pad(part, length), mesh)))[:count])
+            batch = tables.check(tables.pad(part, length), model.config.vocab, targets=False)
+            found.append(shard.fetch(measure(params, shard.place(batch, mesh)))[:count])
         return np.concatenate(found)
 
     return scores
 
 
-def run(config, workdir: Path, stages: common.Stages | None = None):
-    """Train on comparisons. Before and after, the head takes in the map that gives held-out responses mean 0 and variance 1.
+def run(config, workdir: Path, stages: launch.Stages | None = None):
+    """Train on comparisons. Before and after, the head takes in the map that gives held-out responses mean 0 and the std wanted.
 
     summary.json: accuracy on held-out comparisons and its standard error; accuracy_ceiling, what a judge who knew the gold scores
     would reach, and correlation with them, where the rows tell.
     """
-    began = time.monotonic()
     mesh = shard.make_mesh(**config.mesh)
-    stages = stages or common.Stages(workdir, config.stages, {"sft": sft.run, "compare": compare.run})
+    stages = stages or launch.Stages(workdir, config.stages, {"sft": sft.run, "compare": compare.run})
     source, found = stages.path(config.model.source), stages.path(config.data.source)
+    began = time.monotonic()
     loaded = common.load(source, config.model, mesh, seed=config.seed, head="reward")
     data = config.data.to_dict() | {"source": f"{found}/comparisons.jsonl" if Path(found).is_dir() else found}
-    train, held_out, rows = comparisons(loaded.tokenizer, **data)
-    scores = scorer(loaded.model, mesh, config.run.batch, config.data.length)
+    train, held_out = comparisons(loaded.tokenizer, **data)
+    scores = scorer(loaded.model, mesh, size=config.run.batch, length=config.data.length)
 
-    def normalised(params):
-        """-> (the model whose scores of the held-out responses have mean 0 and variance 1, those of the chosen and the rejected)"""
-        both = np.stack([scores(params, side) for side in zip(*held_out, strict=True)])
-        gain, bias = rewards.normaliser(both)
+    def normalised(params, std):
+        """-> (the model whose scores of the held-out responses have mean 0 and this std, those of the chosen and the rejected)"""
+        both = np.stack([scores(params, [pair[side] for pair in held_out]) for side in (0, 1)])
+        gain, bias = rewards.normaliser(both, std=std)
         return rewards.fold(params, gain, bias), gain * both + bias
 
-    loaded = loaded._replace(params=normalised(loaded.params)[0])
+    loaded = loaded._replace(params=normalised(loaded.params, config.normalise.before)[0])
     objective = partial(pairwise, model=loaded.model, **config.objective)
     tx = optim.adam(steps=config.run.steps, **config.optim)
     state, where = common.new_state(loaded, tx, mesh)
@@ -76,10 +79,15 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
 
     def data_at(i):
         picked = [train[n] for n in tables.order(len(train), config.run.batch, seed=config.seed, step=i)]
-        chosen, rejected = zip(*picked, strict=True)
-        return shard.place(tables.pairs(chosen, rejected, np.zeros(len(picked)), config.data.length), mesh)
+        chosen, rejected, rows = zip(*picked, strict=True)
+        pairs = tables.pairs(chosen, rejected, [row["margin"] for row in rows], config.data.length)
+        for side in (pairs.chosen, pairs.rejected):
+            tables.check(side, loaded.model.config.vocab)
+        return shard.place(pairs, mesh)
 
-    common.describe(workdir, loaded)
+    launch.begin(workdir, loaded)
+    around = time.monotonic() - began
+    texts = common.digest([(chosen.tokens, rejected.tokens) for chosen, rejected, _ in train])
     state = loop.fit(
         step,
         state,
@@ -87,13 +95,12 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
         workdir=workdir,
         stop=config.run.steps,
         config=config,
-        identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest},
-        log_every=config.run.log_every,
-        save_every=config.run.save_every,
-        keep=config.run.keep,
+        identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest, "data": texts},
         tokens_per_step=2 * config.run.batch * config.data.length,
+        **config.loop,
     )
-    params, (chosen, rejected) = normalised(state.params)
+    ended = time.monotonic()
+    params, (chosen, rejected) = normalised(state.params, config.normalise.after)
     right = (chosen > rejected) + 0.5 * (chosen == rejected)
     summary = {
         "reward_model/accuracy": right.mean(),
@@ -101,13 +108,14 @@ def run(config, workdir: Path, stages: common.Stages | None = None):
         "comparisons/trained": len(train),
         "comparisons/held_out": len(held_out),
     }
+    rows = [row for _, _, row in held_out]
     if "ceiling" in rows[0]:
         gold = [row[side] for side in ("gold_chosen", "gold_rejected") for row in rows]
         summary["reward_model/accuracy_ceiling"] = np.mean([row["ceiling"] for row in rows])
         summary["reward_model/gold_correlation"] = np.corrcoef(gold, np.concatenate([chosen, rejected]))[0, 1]
-    summary["seconds"] = time.monotonic() - began
-    common.finish(workdir, loaded, params, {name: float(value) for name, value in summary.items()})
+    summary["seconds"] = around + launch.looped(workdir) + time.monotonic() - ended
+    launch.finish(workdir, loaded, params, summary)
 
 
 if __name__ == "__main__":
-    common.main(run, "reward")
+    launch.main(run, "reward")

@@ -1,16 +1,17 @@
 """Answers from any model: python -m experiments.sample --config=configs/sample.py --config.prompt="..."
 
 A line of --config.output has the prompt; the text; tokens, its ids; logp of each, in nats at the sampling temperature (1 where
-the text was greedy or given); total, their sum; and drawn_logp, of what top-k or top-p left each token to be drawn from.
+the text was greedy or given; a plain text that is given is scored without EOS); total, their sum; and drawn_logp, of what top-k or
+top-p left each token to be drawn from.
 """
 
-import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from experiments import common
+from experiments import common, launch
 from jaxalign import keys, sample, score, shard
 from jaxalign.data import tables, text
 from jaxalign.train import log
@@ -23,13 +24,10 @@ def documents(config, tokenizer):
         rows = common.read_rows(config.prompts.source, config.prompts.count, seed=config.seed)
         prompts = [text.fill(config.prompts.template, row) for row in rows]
 
-    def make(prompt):
-        if config.chat and tokenizer.chat_template:
-            asked, given = {"role": "user", "content": prompt}, {"role": "assistant", "content": config.completion}
-            return text.chat(tokenizer, [asked, given] if config.completion else [asked], generate=not config.completion)
-        return text.prompt_completion(tokenizer, prompt, config.completion, eos=False)
-
-    return prompts, [make(prompt) for prompt in prompts]
+    if "" in prompts:
+        raise ValueError("a prompt is empty: there is nothing to continue")
+    chat = config.chat and bool(tokenizer.chat_template)
+    return prompts, [common.document(tokenizer, prompt, config.completion or None, chat=chat, eos=False) for prompt in prompts]
 
 
 def draw(params, row_keys, prompts, *, model, **settings):
@@ -47,6 +45,8 @@ def judge(params, _, batch, *, model):
 def run(config):
     """Print an answer to each prompt, and write all there is to know of it to config.output."""
     mesh = shard.make_mesh(**config.mesh)
+    if config.output:
+        Path(config.output).unlink(missing_ok=True)
     loaded = common.load(config.model.source, config.model, mesh, seed=config.seed)
     prompts, found = documents(config, loaded.tokenizer)
     length = tables.bucket(max(len(document.tokens) for document in found), 16)
@@ -72,10 +72,9 @@ def run(config):
             line = {"prompt": prompts[numbers[row]], "text": answer, "tokens": tokens.tolist(), **said}
             lines.append(line | {"total": sum(said["logp"])})
             log.say(f"{line['prompt']} ⟶ {answer}  [{len(tokens)} tokens, log-probability {sum(said['logp']):.3f}]")
-    if config.output and jax.process_index() == 0:
-        with open(config.output, "w") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if config.output:
+        launch.append(Path(config.output), lines)
 
 
 if __name__ == "__main__":
-    common.main(run, "sample", folder=False)
+    launch.main(run, "sample", folder=False)

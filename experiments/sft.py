@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 
-from experiments import common
+from experiments import common, launch
 from jaxalign import shard
 from jaxalign.data import tables, text
 from jaxalign.objectives.supervised import sft
-from jaxalign.train import loop, optim
+from jaxalign.train import log, loop, optim
 from jaxalign.train.step import make_step
 
 
@@ -18,13 +18,10 @@ def documents(tokenizer, *, source, count, held_out, prompt, completion, chat, l
     """-> (training documents, held-out documents)"""
 
     def make(row):
-        asked, answer = text.fill(prompt, row), text.fill(completion, row)
-        if chat:
-            return text.chat(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
-        return text.prompt_completion(tokenizer, asked, answer)
+        return common.document(tokenizer, text.fill(prompt, row), text.fill(completion, row), chat=chat)
 
-    table = tables.collect(common.read_rows(source, count, seed=seed), make, length=length, source=source, keep="end")
-    return table.documents[:-held_out], table.documents[-held_out:]
+    found = common.collect(common.read_rows(source, count, seed=seed), make, length=length, source=source, keep="end").documents
+    return common.split(found, held_out, "data.held_out")
 
 
 def held_out_nll(model, mesh, found, size: int, length: int):
@@ -43,7 +40,7 @@ def held_out_nll(model, mesh, found, size: int, length: int):
     return nll
 
 
-def run(config, workdir: Path, stages: common.Stages | None = None, objective=sft):
+def run(config, workdir: Path, stages: launch.Stages | None = None, objective=sft):
     """Train on completions. Leaves a model and summary.json: the held-out loss before and after, nats a token.
 
     Args: objective: (params, Batch, *, model, **config.objective) -> (sum, sums); another one of one's own.
@@ -64,7 +61,9 @@ def run(config, workdir: Path, stages: common.Stages | None = None, objective=sf
         batch = tables.pack_rows([rows[n] for n in numbers], config.data.length)
         return shard.place(tables.check(batch, loaded.model.config.vocab), mesh)
 
-    common.describe(workdir, loaded)
+    log.say(tables.preview(loaded.tokenizer, shard.fetch(data_at(0)), rows=1))
+    launch.begin(workdir, loaded)
+    around = time.monotonic() - began
     state = loop.fit(
         step,
         state,
@@ -72,21 +71,20 @@ def run(config, workdir: Path, stages: common.Stages | None = None, objective=sf
         workdir=workdir,
         stop=config.run.steps,
         config=config,
-        identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest},
-        log_every=config.run.log_every,
-        save_every=config.run.save_every,
-        keep=config.run.keep,
+        identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest, "data": common.digest([x.tokens for x in train])},
         tokens_per_step=config.run.batch * config.data.length,
+        **config.loop,
     )
+    ended = time.monotonic()
     summary = {
         "nll/before": nll(loaded.params),
         "nll/after": nll(state.params),
         "documents": len(train),
         "rows": len(rows),
-        "seconds": time.monotonic() - began,
     }
-    common.finish(workdir, loaded, state.params, summary)
+    summary["seconds"] = around + launch.looped(workdir) + time.monotonic() - ended
+    launch.finish(workdir, loaded, state.params, summary)
 
 
 if __name__ == "__main__":
-    common.main(run, "sft")
+    launch.main(run, "sft")

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROLES = ("init", "sample", "shuffle", "evaluate", "annotate")
+ROLES = ("init", "sample", "shuffle", "evaluate", "compare", "annotate")
 
 
 def key(seed: int, role: str, *counters):
     """The key of one role (ROLES) at, say, one step. ValueError for a role that is not on the list."""
+    if role not in ROLES:
+        raise ValueError(f"role {role!r}; there are {', '.join(ROLES)}")
     made = jax.random.fold_in(jax.random.key(seed), ROLES.index(role))
     for counter in counters:
         made = jax.random.fold_in(made, counter)

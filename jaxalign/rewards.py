@@ -37,7 +37,7 @@ def update_beta(beta, kl, episodes, *, target: float, horizon: float, limit: flo
     return beta * (1 + jnp.clip(kl / target - 1, -limit, limit) * episodes / horizon)
 
 
-NEGATIONS = {"not", "never", "no", "hardly", "n't"}
+NEGATIONS = {"not", "never", "no", "hardly"}  # and whatever ends in n't
 MODIFIERS = {"very": 1.5, "really": 1.5, "truly": 1.5, "slightly": 0.5, "somewhat": 0.5}
 WORD = re.compile(r"[a-z']+|[.!?,;]")
 
@@ -52,7 +52,7 @@ def sentiment(text: str, valences: dict[str, float]) -> float:
     for word in WORD.findall(text.lower()):
         if word in ".!?,;":
             scale = 1.0
-        elif word in NEGATIONS:
+        elif word in NEGATIONS or word.endswith("n't"):
             scale *= -0.75
         elif word in MODIFIERS:
             scale *= MODIFIERS[word]

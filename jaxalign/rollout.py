@@ -25,18 +25,16 @@ def assemble(
     gamma: float = 1.0,
     lam: float = 0.95,
     whiten_advantages: bool = True,
-    score_after_last: bool = False,
 ) -> Rollout:
     """Rewards, advantages and value targets of a batch of responses. Ziegler et al. 2019 section 2.2; Schulman et al. 2016.
 
-    r_t = -beta (logp - ref_logp)_t + score at the last token (`score_after_last`: one slot later, ops.advantages.token_rewards);
-    A = GAE(gamma, lam); target = A + V; then A is whitened over every response token of the batch.
+    r_t = -beta (logp - ref_logp)_t, plus the score at the last token; A = GAE(gamma, lam); target = A + V; then A is whitened over
+    every response token of the batch.
     Args: logp, ref_logp (nats), value [B,T]; scores [B]; beta, reward per nat.
     """
     weights = batch.targets
-    slots = advantages.slot_after(weights) if score_after_last else weights
-    reward = advantages.token_rewards(logp, ref_logp, weights, scores, beta, after_last=score_after_last)
-    advantage, target = advantages.gae(reward, value, slots, gamma=gamma, lam=lam)
+    reward = advantages.token_rewards(logp, ref_logp, weights, scores, beta)
+    advantage, target = advantages.gae(reward, value, weights, gamma=gamma, lam=lam)
     if whiten_advantages:
         advantage = whiten(advantage, weights)
     return Rollout(batch, logp, ref_logp, value, reward, advantage, target, scores)

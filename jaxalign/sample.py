@@ -14,7 +14,10 @@ def choose(keys, logits, *, temperature: float = 1.0, top_k: int = 0, top_p: flo
     logp is of the tempered distribution, which scoring and training speak of; drawn_logp of what top-k and top-p left of it.
     Temperature 0 takes the most likely token; both log-probabilities are then of temperature 1.
     Args: keys [B], one a row, so that a draw depends on no other row; logits [B,V].
+    Raises ValueError for a temperature, top_k or top_p below 0.
     """
+    if min(temperature, top_k, top_p) < 0:
+        raise ValueError(f"temperature = {temperature}, top_k = {top_k}, top_p = {top_p}: none may be below 0")
     if temperature == 0:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logp = of_logits(logits, tokens).logp

@@ -151,6 +151,12 @@ def fetch(tree):
     return jax.tree.map(one, tree)
 
 
+def together(what: str):
+    """Wait until every process has come here: what process 0 wrote before is then there for all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def on_mesh(compiled, mesh: Mesh):
     """A function that calls `compiled` with this mesh set, so that `constrain_rows` inside it knows the mesh."""
 

@@ -62,8 +62,7 @@ def built(name, variant):
 def every(config, name):
     """The config and those of its stages. Yields (the name of its file, config)"""
     yield name, config
-    for stage, settings in config.get("stages", {}).items():
-        yield stage, settings
+    yield from config.get("stages", {}).items()
 
 
 def section(config, path):

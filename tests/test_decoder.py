@@ -19,8 +19,8 @@ from jaxalign.types import Batch
 FAMILIES = sorted(names.FAMILIES)
 
 
-def golden_of(request, family):
-    return json.loads((Path(request.config.getoption("golden")) / f"tiny_{family}_parity.json").read_text())
+def golden_of(family):
+    return json.loads((Path(__file__).parent / "golden" / f"tiny_{family}_parity.json").read_text())
 
 
 def from_golden(golden, **own):
@@ -49,7 +49,7 @@ def documents(golden):
 
 @pytest.fixture(params=FAMILIES, scope="module")
 def case(request):
-    golden = golden_of(request, request.param)
+    golden = golden_of(request.param)
     config, params = from_golden(golden)
     return golden, config, build(config), params
 
@@ -170,8 +170,8 @@ def test_remat_changes_no_gradient(case):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6, rtol=1e-5), first, other)
 
 
-def test_bfloat16_computes_in_bfloat16_and_stays_close(request):
-    golden = golden_of(request, "llama")
+def test_bfloat16_computes_in_bfloat16_and_stays_close():
+    golden = golden_of("llama")
     config, params = from_golden(golden, dtype="bfloat16")
     model, tokens = build(config), jnp.asarray([documents(golden)[0]])
     hidden, _ = jax.jit(model.apply)(params, tokens, jnp.ones_like(tokens))
@@ -181,8 +181,8 @@ def test_bfloat16_computes_in_bfloat16_and_stays_close(request):
     np.testing.assert_allclose(logits[0], golden["outputs"]["logits_sequence_0"], atol=0.1)
 
 
-def test_more_tokens_than_learned_positions_are_refused(request):
-    config, params = from_golden(golden_of(request, "gpt2"))
+def test_more_tokens_than_learned_positions_are_refused():
+    config, params = from_golden(golden_of("gpt2"))
     tokens = jnp.ones((1, config.context + 1), jnp.int32)
     with pytest.raises(ValueError, match=f"rows of {config.context + 1} tokens.* {config.context} learned"):
         build(config).apply(params, tokens, tokens)

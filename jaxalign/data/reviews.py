@@ -6,6 +6,7 @@ enough for a model of 200,000 parameters to learn in seconds.
 """
 
 import random
+import re
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -52,12 +53,9 @@ NEUTRAL = [
     "the {part} follows {number} people .",
 ]
 DAYS, NUMBERS = ["monday", "friday", "sunday"], ["one", "two", "three"]
-OPENINGS = [
-    "the {part} was",
-    "{people} thought the {part} was",
-    "{people} saw it on {day} . the {part}",
-    "the {part} and the {part} were",
-]
+OPENINGS = ["", "{people} saw it on {day} . ", "it runs for {number} hours . ", "the {part} follows {number} people . "]
+SUBJECTS = ["the {part} was", "{people} thought the {part} was", "the {part} and the {part} were"]
+WORDS = {"part": PARTS, "people": PEOPLE, "day": DAYS, "number": NUMBERS}
 
 
 MOODS = [0.15, 0.5, 0.85]  # how likely an opinion is to be good
@@ -95,11 +93,7 @@ def openings(count: int, *, seed: int) -> list[str]:
     rng = random.Random(f"openings {seed}")
 
     def one():
-        fill = {"people": rng.choice(PEOPLE), "day": rng.choice(DAYS)}
-        opening = rng.choice(OPENINGS)
-        for _ in range(opening.count("{part}")):
-            opening = opening.replace("{part}", rng.choice(PARTS), 1)
-        return opening.format(**fill)
+        return re.sub(r"{(\w+)}", lambda slot: rng.choice(WORDS[slot[1]]), rng.choice(OPENINGS) + rng.choice(SUBJECTS))
 
     return [one() for _ in range(count)]
 

@@ -8,10 +8,11 @@ def probability(gold_a, gold_b, *, temperature: float):
     return np.exp(-np.logaddexp(0.0, (np.asarray(gold_b, float) - np.asarray(gold_a, float)) / temperature))
 
 
-def prefer(gold_a, gold_b, *, temperature: float, seed: int):
-    """One draw of an annotator a pair. -> (a_preferred bool [B], ceiling f64 [B])
+def prefer(gold_a, gold_b, draws, *, temperature: float):
+    """What an annotator says of each pair. -> (a_preferred bool [B], ceiling f64 [B])
 
     `ceiling` is max(P, 1 - P): how often a judge who knew the gold scores exactly would agree with this annotator.
+    Args: draws: uniform in [0, 1), one a pair [B].
     """
     p = probability(gold_a, gold_b, temperature=temperature)
-    return np.random.default_rng([seed, 4]).random(p.shape) < p, np.maximum(p, 1 - p)
+    return np.asarray(draws) < p, np.maximum(p, 1 - p)

@@ -55,6 +55,12 @@ class DecoderConfig:
     dtype: str = "float32"  # of activations and of the weights as they are used; parameters stay float32
     remat: str = "none"  # what a layer's backward pass recomputes: REMAT
 
+    def __post_init__(self):
+        known = {"norm": ("rms", "layer"), "activation": ACTIVATIONS, "positions": ("rope", "learned"), "remat": REMAT}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} = {getattr(self, name)!r}; there are {', '.join(values)}")
+
 
 def _normal(std):
     return nn.initializers.normal(std)

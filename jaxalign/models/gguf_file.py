@@ -1,4 +1,4 @@
-"""GGUF files, llama.cpp's: config, tensors and tokenizer. Needs the package gguf: pip install "jaxalign[gguf]"."""
+"""GGUF files, llama.cpp's: config, tensors and tokenizer. Needs the package gguf: pip install gguf."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def read(path: Path):
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ImportError(f'reading {path.name} needs the package gguf: pip install "jaxalign[gguf]"') from error
+        raise ImportError(f"reading {path.name} needs the package gguf: pip install gguf") from error
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:

@@ -22,6 +22,6 @@ def top_p(logits, p: float):
     order = jnp.flip(jnp.argsort(logits, axis=-1), -1)  # most likely first
     probs = jnp.take_along_axis(jax.nn.softmax(logits), order, -1)
     reached = jnp.cumsum(probs, -1) - probs  # probability of the more likely tokens
-    kept = reached < p
+    kept = (reached < p).at[..., 0].set(True)
     threshold = jnp.where(kept, jnp.take_along_axis(logits, order, -1), jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits < threshold, -jnp.inf, logits)

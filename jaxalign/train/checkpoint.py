@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from jaxalign import shard
 from jaxalign.types import TrainState
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"
@@ -68,7 +68,7 @@ class Saver:
             folder.mkdir(parents=True, exist_ok=True)
             for unfinished in folder.glob(UNFINISHED):
                 shutil.rmtree(unfinished)
-        _together("swept")
+        shard.together("checkpoints swept")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(folder, options=options, item_names=("params", "opt", "loop", "meta"))
 
@@ -102,11 +102,11 @@ def restore(folder, like: TrainState) -> Restored | None:
         except Exception as error:  # Orbax and TensorStore raise whatever they meet, down to a bare Exception
             skipped[step] = _reason(error)
             continue
-        _together("read")
+        shard.together("checkpoints read")
         if jax.process_index() == 0:
             for bad in skipped:
                 (folder / str(bad)).rename(_free(folder / f"{bad}.corrupt"))
-        _together("set aside")
+        shard.together("checkpoints set aside")
         state = like.replace(params=items["params"], opt=items["opt"]["state"], **items["loop"])
         return Restored(step, state, meta, skipped)
     if skipped:
@@ -175,8 +175,3 @@ def _free(path: Path) -> Path:
     while (tried := path.with_name(f"{path.name}{taken or ''}")).exists():
         taken += 1
     return tried
-
-
-def _together(what: str):
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoints {what}")

@@ -196,7 +196,7 @@ def tensorboard(workdir: Path, start: int, config: dict):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ImportError("sink 'tensorboard' needs tensorboardX: pip install 'jaxalign[track]'") from error
+        raise ImportError("sink 'tensorboard' needs tensorboardX: pip install tensorboardX") from error
     writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
 
     def write(i, values):
@@ -211,7 +211,7 @@ def wandb(workdir: Path, start: int, config: dict):
     try:
         import wandb as client
     except ImportError as error:
-        raise ImportError("sink 'wandb' needs wandb: pip install 'jaxalign[track]'") from error
+        raise ImportError("sink 'wandb' needs wandb: pip install wandb") from error
     kept = workdir / "wandb_id"
     known = kept.read_text().strip() if start and kept.exists() else None
     run = client.init(id=known, resume="allow" if known else None, name=workdir.name, dir=str(workdir), config=config)

@@ -88,8 +88,7 @@ def fit(
             done = i + 1
             if ended:
                 break
-    if told or ended:
-        number = ended or told[0]
+    if number := ended or _agreed(0, told, False)[0]:
         command = shlex.join(sys.orig_argv)
         log.say(f"{signal.Signals(number).name}: stopped at step {done} of {stop}, saved. The same command resumes: {command}")
         raise SystemExit(128 + number)
