@@ -57,7 +57,8 @@ def run(config, workdir: Path, stages: launch.Stages | None = None):
             )
     if not rows:
         raise ValueError(f"the two responses to each of {len(prompts)} prompts are equal: there is nothing to compare")
-    (workdir / "comparisons.jsonl").unlink(missing_ok=True)
+    if jax.process_index() == 0:
+        (workdir / "comparisons.jsonl").unlink(missing_ok=True)
     launch.append(workdir / "comparisons.jsonl", rows)
     both = np.array([[row["gold_chosen"], row["gold_rejected"]] for row in rows])
     summary = {

@@ -18,6 +18,7 @@ from jaxalign.models import checkpoints
 from jaxalign.train import log, report
 
 ARCHITECTURE = "architecture.json"  # of a run's folder, for reading its checkpoints
+HOW = ("mesh", "loop")  # settings that change how a stage is made, not what comes out
 
 
 def main(run, name: str, *, folder: bool = True):
@@ -102,29 +103,38 @@ class Stages(NamedTuple):
             return source
         name = source.removeprefix("stage:")
         if name not in self.runs or name not in self.settings:
-            raise ValueError(f"{source}: the stages are {', '.join(self.runs)}")
+            raise ValueError(f"{source}: the stages are {', '.join(name for name in self.runs if name in self.settings) or 'none'}")
         shard.together(f"before stage {name}")
+        self._check(name)
         folder, settings = self.root / name, self.settings[name].copy_and_resolve_references()
         if (folder / "summary.json").exists():
-            changed = log.difference(_read(folder / "config.json"), log.plain(settings))
-            changed += log.difference(_read(folder / "made_from.json"), self._made_from(settings))
-            if changed:
-                raise ValueError(
-                    f"stage {name} in {folder} was made otherwise: {'; '.join(changed)}. "
-                    f"Delete that folder to make it again, or choose another --workdir."
-                )
             log.say(f"stage {name}: reusing {folder}")
         else:
             log.say(f"stage {name}: making {folder}")
             self.runs[name](settings, folder, self)
-            log.write_json(folder / "made_from.json", self._made_from(settings))
+            log.write_json(folder / "made_from.json", self._made_from(log.plain(settings)))
         shard.together(f"after stage {name}")
         return str(folder)
 
-    def _made_from(self, settings) -> dict:
+    def _check(self, name: str):
+        """Refuse a stage that is there but was made otherwise, the stages that it reads first."""
+        folder, settings = self.root / name, log.plain(self.settings[name].copy_and_resolve_references())
+        made_from = self._made_from(settings)
+        for before in made_from:
+            self._check(before)
+        if not (folder / "summary.json").exists():
+            return
+        then, now = ({key: x for key, x in kept.items() if key not in HOW} for kept in (_read(folder / "config.json"), settings))
+        if changed := log.difference(then, now) + log.difference(_read(folder / "made_from.json"), made_from):
+            raise ValueError(
+                f"stage {name} in {folder} was made otherwise: {'; '.join(changed)}. "
+                f"Delete that folder to make it again, or choose another --workdir."
+            )
+
+    def _made_from(self, settings: dict) -> dict:
         """{stage: its summary but for the seconds} of the stages that these settings read."""
-        names = set(re.findall(r'"stage:(\w+)"', json.dumps(log.plain(settings))))
-        summaries = {name: _read(self.root / name / "summary.json") for name in sorted(names)}
+        names = sorted(set(re.findall(r'"stage:(\w+)"', json.dumps(settings))) & set(self.settings))
+        summaries = {name: _read(self.root / name / "summary.json") for name in names}
         return {name: {key: x for key, x in found.items() if key != "seconds"} for name, found in summaries.items()}
 
     def seconds(self) -> float:

@@ -106,6 +106,12 @@ def evaluate(job: Job, tokenizer, gold, params):
 def prepare(config, mesh, policy, judge):
     """-> (Job, the state before the first iteration)"""
     temperature, eos = config.sample.temperature, policy.tokenizer.eos_token_id
+    if temperature <= 0:
+        raise ValueError(
+            f"sample.temperature = {temperature}: a policy that is to learn from its samples draws them, so it is above 0"
+        )
+    if config.run.batch % config.run.minibatches:
+        raise ValueError(f"run.batch = {config.run.batch} does not divide into run.minibatches = {config.run.minibatches}")
     tx = optim.adam(steps=config.run.iterations * config.run.epochs * config.run.minibatches, **config.optim)
     state, where = common.new_state(policy, tx, mesh, beta=config.kl.beta)
     objective = partial(ppo, model=policy.model, temperature=temperature, **config.objective)
@@ -177,9 +183,10 @@ def run(config, workdir: Path, stages: launch.Stages | None = None):
     (before, _), (after, samples) = measure(job.reference), measure(state.params)
     launch.append(workdir / "samples.jsonl", [{"step": config.run.iterations, **sample} for sample in samples])
     summary = {}
-    for name in [name for name in ("gold", "proxy") if name in after]:
-        summary |= {f"{name}/before": before[name].mean(), f"{name}/after": after[name].mean()}
-        summary[f"{name}/after_stderr"] = after[name].std() / len(after[name]) ** 0.5
+    for name, when, found in [(name, *side) for name in ("gold", "proxy") for side in (("before", before), ("after", after))]:
+        if name in found:
+            summary[f"{name}/{when}"] = found[name].mean()
+            summary[f"{name}/{when}_stderr"] = found[name].std() / len(found[name]) ** 0.5
     summary |= {"kl/final": after["kl"].mean(), "kl/target": config.kl.target, "kl/beta": state.loop["beta"]}
     told = Path(judge_source) / "summary.json"  # of the reward stage, where the reward model is one's own
     if told.exists():

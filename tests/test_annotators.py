@@ -41,6 +41,13 @@ def test_draws_are_independent_and_of_their_seed():
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.03
 
 
+def test_what_is_said_of_a_pair_depends_on_its_own_draw():
+    a, b = np.random.default_rng(0).normal(0, 1, (2, MANY))
+    whole, some = draws(5), np.random.default_rng(1).permutation(MANY)[:100]
+    for said, again in zip(prefer(a, b, whole, temperature=1.0), prefer(a[some], b[some], whole[some], temperature=1.0)):
+        np.testing.assert_array_equal(said[some], again)
+
+
 def test_a_cold_annotator_never_errs():
     with np.errstate(over="raise"):
         first, ceiling = prefer([1.0, 0.0], [0.0, 1.0], draws(0)[:2], temperature=1e-4)

@@ -8,26 +8,33 @@ from pathlib import Path
 
 import pytest
 
+from configs import LOOP, ppo
 from experiments import common, new_objective, reward, sft
-from jaxalign import rollout, sample, shard
+from jaxalign import rewards, rollout, sample, shard
 from jaxalign.models.decoder import DecoderConfig
 from jaxalign.objectives import online, supervised
 from jaxalign.objectives import reward as reward_objectives
 from jaxalign.ops import advantages
-from jaxalign.train import log, optim
+from jaxalign.train import log, loop, optim
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("[a-z]*.py"))}
 BUILT = [(name, variant) for name, path in FILES.items() for variant in (None, *runpy.run_path(str(path)).get("VARIANTS", ()))]
 
-# section: (the function that it is splatted into, the arguments that the driver gives beside it)
-MESH = {"mesh": (shard.make_mesh, ())}
+# section: (the function that it is splatted into, the arguments that are not for a config to say: the driver's, and tests')
+MESH = {"mesh": (shard.make_mesh, ("devices",))}
 SAMPLE = {"sample": (sample.sample, ("model", "params", "keys", "prompts", "eos"))}
-OPTIM = {"optim": (optim.adam, ("steps",))}
+TRAINING = {
+    "optim": (optim.adam, ("steps",)),
+    "loop": (
+        loop.fit,
+        ("step", "state", "data_at", "workdir", "stop", "config", "identity", "hooks", "tokens_per_step"),
+    ),
+}
 PROMPTS = {"prompts": (common.openings, ("tokenizer", "seed"))}
 FINE_TUNING = {
     **MESH,
-    **OPTIM,
+    **TRAINING,
     "data": (sft.documents, ("tokenizer", "seed")),
     "scratch.architecture": (DecoderConfig, ("vocab", "dtype", "remat")),
 }
@@ -38,20 +45,21 @@ SPLATTED = {
     "compare": {**MESH, **SAMPLE, **PROMPTS},
     "reward": {
         **MESH,
-        **OPTIM,
+        **TRAINING,
         "data": (reward.comparisons, ("tokenizer",)),
         "objective": (reward_objectives.pairwise, ("params", "data", "model")),
     },
     "ppo": {
         **MESH,
         **SAMPLE,
-        **OPTIM,
+        **TRAINING,
         **PROMPTS,
         "unended": (advantages.without_eos, ("score", "has_eos")),
         "advantage": (rollout.assemble, ("batch", "logp", "ref_logp", "value", "scores", "beta")),
         "objective": (online.ppo, ("params", "data", "model", "temperature")),
     },
 }
+SPARSE = {"scratch.architecture"}  # says what differs from the plainest Llama; any other section has every argument
 
 
 def built(name, variant):
@@ -73,12 +81,20 @@ def section(config, path):
 
 @pytest.mark.parametrize("name, variant", BUILT)
 def test_a_section_is_what_its_function_takes(name, variant):
-    """Neither an argument that the function does not know nor, without a default of its own, one that is missing."""
+    """No argument that the function does not know, and none that it has is missing: a config file is complete."""
     for kind, config in every(built(name, variant), name):
         for path, (function, given) in SPLATTED[kind].items():
-            settings = section(config, path).to_dict()
+            settings, taken = section(config, path).to_dict(), inspect.signature(function)
             assert not settings.keys() & set(given), f"{kind}: the driver gives these beside {path}"
-            inspect.signature(function).bind(**settings, **dict.fromkeys(given))
+            taken.bind(**settings, **dict.fromkeys(given))
+            if path not in SPARSE:
+                assert settings.keys() | set(given) == taken.parameters.keys(), f"{kind}.{path}"
+
+
+@pytest.mark.parametrize("variant", ppo.VARIANTS)
+def test_the_price_of_kl_has_every_setting_of_its_controller(variant):
+    settings = ppo.get_config(variant).kl.to_dict()
+    assert settings.keys() | {"kl", "episodes"} == inspect.signature(rewards.update_beta).parameters.keys()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -106,12 +122,33 @@ def test_a_config_is_json_and_the_same_each_time(name, variant):
 
 
 @pytest.mark.parametrize("name, variant", BUILT)
-def test_one_seed_is_the_seed_of_every_stage(name, variant):
+def test_what_is_said_once_holds_for_every_stage(name, variant):
+    """The seed and the mesh for all; the model for those that start from the same one as the config itself."""
     config = built(name, variant)
+    same = {kind for kind, settings in every(config, name) if settings.model.source == config.model.source}
     config.seed = 7
-    assert {kind: settings.copy_and_resolve_references().seed for kind, settings in every(config, name)} == {
-        kind: 7 for kind, _ in every(config, name)
-    }
+    config.mesh.update(data=1, fsdp=4, tensor=2)
+    config.model.update(source="there", tokenizer="its", dtype="bfloat16", remat="full")
+    for kind, settings in every(config, name):
+        found = log.plain(settings.copy_and_resolve_references())
+        assert found["seed"] == 7 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+        assert (found["model"] == config.model.to_dict()) == (kind in same), kind
+
+
+@pytest.mark.parametrize("setting", ["norm", "activation", "positions", "remat"])
+def test_an_architecture_of_an_unknown_kind_is_refused(setting):
+    settings = built("sft", "tiny").scratch.architecture.to_dict()
+    with pytest.raises(ValueError, match=f"{setting} = 'swish'; there are "):
+        DecoderConfig(vocab=9, **(settings | {setting: "swish"}))
+
+
+def test_no_variant_changes_what_the_configs_share():
+    before = dict(LOOP)
+    for name, variant in BUILT:
+        for _, config in every(built(name, variant), name):
+            if "loop" in config:
+                config.loop.update(log_every=999, sinks=("tensorboard",))
+    assert before == LOOP
 
 
 @pytest.mark.parametrize("name, variant", BUILT)

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -17,26 +18,31 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from absl import flags
+from safetensors import safe_open
 
 from configs import new_objective as new_objective_config
 from configs import ppo as ppo_config
+from configs import reward as reward_config
 from configs import sample as sample_config
-from experiments import common, new_objective, ppo, reward, sample, sft
+from experiments import common, compare, launch, new_objective, ppo, reward, sample, sft
 from jaxalign import rewards, score, shard
 from jaxalign.data import reviews, tables, text
 from jaxalign.models import checkpoints, decoder
 from jaxalign.ops.masked import masked_sum
 from jaxalign.rewards import sentiment
-from jaxalign.train import log
+from jaxalign.train import log, loop
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("sft", "compare", "reward")
+CHANGED = {
+    "stages.sft.scratch.architecture.kv_heads": 2,  # so that heads divide over the mesh of eight devices
+    "optim.learning_rate": 0.02,  # so that two iterations change what is said
+}
 
 
 def settings():
     config = ppo_config.get_config("tiny")
-    config.stages.sft.scratch.architecture.kv_heads = 2  # so that heads divide over the mesh of eight devices
+    config.update_from_flattened_dict(CHANGED)
     return config
 
 
@@ -111,6 +117,8 @@ def test_a_run_says_what_came_out(finished):
     assert summary["kl/target"] == settings().kl.target and summary["kl/final"] > 0 and summary["seconds"] > 0
     assert 0 <= summary["reward_model/accuracy"] <= 1 and 0.5 < summary["reward_model/accuracy_ceiling"] < 1
     assert summary["proxy/before"] != summary["proxy/after"]
+    took = sum(summary_of(finished / stage)["seconds"] for stage in STAGES)
+    assert summary["seconds"] > took + log.read_lines(finished / "metrics.jsonl")[-1]["time/elapsed_s"] > took > 0
 
 
 @pytest.mark.slow
@@ -129,7 +137,7 @@ def test_a_run_leaves_its_record(finished):
     assert summary_of(finished)["gold/after"] == pytest.approx(np.mean([line["gold"] for line in samples[32:]]), abs=1e-6)
     assert all(line["gold"] == pytest.approx(sentiment(line["response"], reviews.VALENCES), abs=1e-5) for line in samples)
     page = (finished / "report.html").read_text()
-    assert samples[-1]["response"][:20] in page and "gold/after" in page
+    assert [line["response"] for line in samples if line["prompt"] == prompts[0]][-1][:20] in page and "gold/after" in page
 
 
 @pytest.mark.slow
@@ -147,9 +155,8 @@ def test_the_price_of_kl_is_the_controllers(finished):
     beta = config.kl.beta
     for line in metrics_of(finished):
         assert line["policy/beta"] == pytest.approx(beta, rel=1e-6)
-        beta = float(
-            rewards.update_beta(beta, line["policy/kl"], config.run.batch, target=config.kl.target, horizon=config.kl.horizon)
-        )
+        told = config.kl.to_dict() | {"beta": beta}
+        beta = float(rewards.update_beta(kl=line["policy/kl"], episodes=config.run.batch, **told))
     assert summary_of(finished)["kl/beta"] == pytest.approx(beta, rel=1e-6) != config.kl.beta
 
 
@@ -177,9 +184,9 @@ def test_the_reward_model_that_is_left_scores_0_on_average_with_variance_1(finis
     config, loaded = checkpoints.load(finished / "reward")
     model, data = decoder.build(config), settings().stages.reward.data.to_dict()
     found = data | {"source": str(finished / "compare" / "comparisons.jsonl")}
-    _, held_out, rows = reward.comparisons(checkpoints.tokenizer(finished / "reward"), **found)
-    assert len(held_out) == len(rows) == data["held_out"]
-    sides = [tables.pad(side, data["length"]) for side in zip(*held_out, strict=True)]
+    _, held_out = reward.comparisons(checkpoints.tokenizer(finished / "reward"), **found)
+    assert len(held_out) == data["held_out"]
+    sides = [tables.pad([pair[side] for pair in held_out], data["length"]) for side in (0, 1)]
     measure = jax.jit(partial(score.last_scalar, model))
     chosen, rejected = (np.asarray(measure(loaded, side)) for side in sides)
     both = np.concatenate([chosen, rejected])
@@ -232,7 +239,7 @@ def test_eight_devices_are_one(finished, tmp_path):
     for stage in STAGES:
         shutil.copytree(finished / stage, tmp_path / stage)
     config = settings()
-    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    config.mesh.update(data=2, fsdp=2, tensor=2)  # that of the stages too, which does not make them others
     run(ppo.run, config, tmp_path, devices=8)
     here, there = (log.read_lines(folder / "samples.jsonl") for folder in (finished, tmp_path))
     assert [(line["prompt"], line["response"]) for line in here] == [(line["prompt"], line["response"]) for line in there]
@@ -270,7 +277,6 @@ def test_the_model_that_is_left_answers_as_the_last_checkpoint_does(finished, tm
     exported, kept = answers(tmp_path, finished), answers(tmp_path, going_on)
     assert exported == kept
     config, params = checkpoints.load(finished)
-    assert config.scalar is not None and "scalar" in params  # the value head comes along
     model = decoder.build(config)
     tokenizer = checkpoints.tokenizer(finished)
 
@@ -330,15 +336,35 @@ def test_a_completion_is_scored_as_training_scores_it(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_objective_of_ones_own_trains(tmp_path):
+def test_an_objective_of_ones_own_trains(tmp_path, monkeypatch):
     config = new_objective_config.get_config("tiny")
-    config.run.update(steps=3, log_every=1)
+    config.run.steps = 3
+    config.loop.log_every = 1
     config.objective.floor = -4.35  # the mean is log 82 = 4.41 nats a token: a part of the targets stays
+    config.loop.sinks = ("tensorboard",)
+    drawn = []
+    monkeypatch.setitem(log.SINKS, "tensorboard", lambda *_: (lambda i, values: drawn.append((i, values)), lambda: None))
     run(partial(sft.run, objective=new_objective.trusting_sft), config, tmp_path)
+    assert [i for i, _ in drawn] == [0, 1, 2] and all("loss/nll" in values for _, values in drawn)
     weights = [line["train/weight"] for line in metrics_of(tmp_path)]
     rows = summary_of(tmp_path)["rows"]
     assert len(weights) == 3 and all(0 < weight < config.run.batch * config.data.length for weight in weights) and rows > 16
     assert all(line["loss/nll"] < 4.35 for line in metrics_of(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_repeated_stays_as_it_is(finished, tmp_path):
+    """Its seconds, too, are those of the steps, which it does not take again."""
+    shutil.copytree(finished / "sft", tmp_path / "sft")
+    lines = log.read_lines(tmp_path / "sft" / "metrics.jsonl")
+    lines[-1]["time/elapsed_s"] += 3600  # had they been slow
+    (tmp_path / "sft" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = run(sft.run, settings().stages.sft, tmp_path / "sft")
+    assert "nothing is left to do" in said
+    first, again = summary_of(finished / "sft"), summary_of(tmp_path / "sft")
+    assert first | {"seconds": 0} == again | {"seconds": 0} and 3600 < again["seconds"] < 3700
+    models = [(folder / "sft" / "model" / "model.safetensors").read_bytes() for folder in (finished, tmp_path)]
+    assert models[0] == models[1] and metrics_of(tmp_path / "sft") == metrics_of(finished / "sft")
 
 
 def test_no_two_iterations_draw_alike():
@@ -352,12 +378,13 @@ def test_no_two_iterations_draw_alike():
     job = SimpleNamespace(
         config=settings(),
         mesh=shard.make_mesh(devices=jax.devices()[:1]),
+        vocab=len(tokenizer),
         draw=draw,
         judge=None,
         judged=lambda judge, batch: np.zeros(3, np.float32),
         ended=lambda batch: np.ones(3, np.float32),
     )
-    documents = common.openings(tokenizer, source="openings", count=9, template="{text}", length=8, seed=0).documents
+    documents = common.openings(tokenizer, source="openings", count=9, template="{text}", length=8, chat=False, seed=0)
     for role, step in (("sample", 0), ("sample", 1), ("evaluate", 0), ("evaluate", 0)):
         ppo.respond(job, None, documents, [4, 2, 4], role, step)
     assert seen.pop() == seen[-1] and len({key for keys in seen for key in keys}) == 9
@@ -366,7 +393,7 @@ def test_no_two_iterations_draw_alike():
 def test_comparisons_of_text_are_those_of_ids(tmp_path):
     tokenizer, rows = reviews.tokenizer(), []
     for opening, good, bad in zip(reviews.openings(6, seed=0), reviews.reviews(6, seed=1), reviews.reviews(6, seed=2), strict=True):
-        rows.append({"prompt": opening, "chosen": good, "rejected": bad})
+        rows.append({"prompt": opening, "chosen": good, "rejected": bad, "by": len(rows) / 4})
     as_ids = [
         row | {"prompt_ids": tokenizer(row["prompt"]).input_ids}
         | {f"{side}_ids": [*tokenizer(row[side]).input_ids, tokenizer.eos_token_id] for side in ("chosen", "rejected")}
@@ -378,13 +405,16 @@ def test_comparisons_of_text_are_those_of_ids(tmp_path):
         made.append(
             reward.comparisons(
                 tokenizer, source=str(tmp_path / f"{name}.jsonl"), count=5, held_out=2, length=99,
-                prompt="{prompt}", chosen="{chosen}", rejected="{rejected}",
+                prompt="{prompt}", chosen="{chosen}", rejected="{rejected}", margin="{by}", chat=False,
             )
         )  # fmt: skip
-    for train, held_out, kept in made:
-        assert len(train) == 3 and len(held_out) == 2 and [row["prompt"] for row in kept] == [row["prompt"] for row in rows[3:5]]
-    for part in (0, 1):
-        jax.tree.map(np.testing.assert_array_equal, made[0][part], made[1][part])
+    for train, held_out in made:
+        assert [row for _, _, row in train + held_out] == [
+            row | {"margin": row["by"]} for row in (as_ids, rows)[train is made[0][0]][:5]
+        ]
+        assert len(train) == 3 and len(held_out) == 2
+    for of_text, of_ids in zip(made[0][0] + made[0][1], made[1][0] + made[1][1], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, of_text[:2], of_ids[:2])
 
 
 def test_parts_lose_and_repeat_nothing_that_counts():
@@ -396,62 +426,186 @@ def test_parts_lose_and_repeat_nothing_that_counts():
         assert seen == list(range(many))
 
 
+# ---- what a run reads
+
+
+def test_comparisons_of_another_tokenizer_are_refused(tmp_path):
+    row = {"prompt": "the film was", "chosen": "good .", "rejected": "bad .", "prompt_ids": [4], "rejected_ids": [5]}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(row | {"chosen_ids": [30, 40, 50]}) + "\n")
+    data = reward_config.get_config("tiny").data.to_dict() | {"source": str(tmp_path / "theirs.jsonl"), "held_out": 1}
+    with pytest.raises(ValueError, match="theirs.jsonl, row 0: chosen_ids are not the tokens of 'chosen': another tokenizer"):
+        reward.comparisons(reviews.tokenizer(), **data)
+
+
+@pytest.mark.parametrize("held_out", [0, -1, 3, 4])
+def test_a_split_leaves_something_on_both_sides(held_out):
+    assert common.split([1, 2, 3], 1, "data.held_out") == ([1, 2], [3])
+    with pytest.raises(ValueError, match=f"data.held_out = {held_out} of 3: at least one must be on each side"):
+        common.split([1, 2, 3], held_out, "data.held_out")
+
+
 @pytest.fixture
-def parse(monkeypatch):
-    """(name, *arguments) -> the flags of a program, as it reads them from the repository's root."""
-    monkeypatch.chdir(ROOT)
-    before = set(flags.FLAGS)
-
-    def clear():
-        flags.FLAGS.unparse_flags()
-        for flag in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, flag)
-
-    def call(name, *arguments, folder=True):
-        clear()
-        argv = [f"experiments/{name}.py", *arguments]
-        monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks there
-        common._parse(name, folder, argv)
-        return flags.FLAGS
-
-    yield call
-    clear()
+def chatting():
+    """A tokenizer with a chat template; it has no tokens of "user" and "assistant"."""
+    tokenizer = reviews.tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role + ' ' + turn.content + ' </s> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    return tokenizer
 
 
-def test_flags_change_single_settings(parse):
-    given = parse("ppo", "--config=configs/ppo.py:tiny", "--config.seed=5", "--config.kl.horizon=inf", "--workdir=here")
-    assert given.workdir == "here" and given.config.kl.horizon == math.inf and given.config.run.iterations == 2
-    assert [given.config.stages[stage].copy_and_resolve_references().seed for stage in STAGES] == [5, 5, 5]
-    given = parse("ppo", "--config.stages.sft.run.steps=7", "--config.unended.replace=-1.5", "--config.mesh.data=4")
-    assert given.workdir == "runs/ppo" and given.config.stages.sft.run.steps == 7 and given.config.mesh.data == 4
-    assert given.config.unended.replace == -1.5 and given.config.objective.dual_clip is None
-    assert parse("sample", "--config.prompt=a b", folder=False).config.prompt == "a b"
+def test_a_document_is_two_turns_or_one_text(chatting):
+    def written(document):
+        return chatting.decode(document.tokens), chatting.decode(document.tokens[document.weights > 0])
+
+    make = partial(common.document, chatting, "the film was")
+    for eos in (True, False):  # a turn always has its end
+        assert written(make("very good", chat=True, eos=eos)) == ("<unk> the film was </s> <unk> very good </s>", "very good </s>")
+        assert written(make(None, chat=True, eos=eos)) == ("<unk> the film was </s> <unk>", "")
+        assert written(make(None, chat=False, eos=eos)) == ("the film was", "")
+    assert written(make("very good", chat=False)) == ("the film was very good </s>", "very good </s>")
+    assert written(make("very good", chat=False, eos=False)) == ("the film was very good", "very good")
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        (["--config=configs/pop.py"], ["no file configs/pop.py", "configs/ppo.py", "configs/sft.py"]),
-        (["--config=configs/ppo.py:tidy"], ["no variant 'tidy'", "reviews, tiny, smollm2"]),
-        (["--config.run.iteration=3"], ["iteration", "Did you mean", "iterations", "configs/ppo.py"]),
-        (["--config.optim.learning_rate=fast"], ["--config.optim.learning_rate=fast", "could not convert string to float"]),
-        (["--config.run.iterations=2.5"], ["--config.run.iterations=2.5", "int()"]),
-    ],
-)
-def test_a_wrong_flag_leads_to_the_right_one(parse, capsys, arguments, says):
-    with pytest.raises(SystemExit) as ended:
-        parse("ppo", *arguments)
-    told = f"{ended.value.code} {capsys.readouterr().err}"
-    assert all(part in told for part in says), told
-    assert ended.value.code != 0 and "Traceback" not in told
+def test_prompts_that_are_too_long_keep_what_leads_to_the_answer(chatting):
+    say = {"source": "openings", "count": 20, "template": "we saw it and {text}", "seed": 0}
+    plain, chat = (common.openings(chatting, length=6, chat=chat, **say) for chat in (False, True))
+    assert all(chatting.decode(document.tokens).startswith("we saw it and ") for document in plain)  # the first tokens
+    assert all(chatting.decode(document.tokens).endswith(" </s> <unk>") for document in chat)  # the generation prompt
+    assert {len(document.tokens) for document in plain + chat} == {6}
+
+
+@pytest.fixture
+def prepared(tiny, monkeypatch):
+    """(config) -> the Job of a PPO run; its models are never called."""
+    monkeypatch.setattr(common, "new_state", lambda *_, **__: (None, None))
+    loaded = common.Loaded(tiny.model, tiny.params, reviews.tokenizer(), "", "")
+    return lambda config: ppo.prepare(config, shard.make_mesh(devices=jax.devices()[:1]), loaded, loaded)[0]
+
+
+def test_no_prompt_that_is_held_out_is_trained_on(prepared):
+    config = settings()
+    asked = reviews.openings(config.prompts.count, seed=config.seed)
+    job, tokenizer = prepared(config), reviews.tokenizer()
+    train, held_out = ([tokenizer.decode(document.tokens) for document in side] for side in (job.prompts, job.held_out))
+    assert held_out == asked[-16:] and train == [prompt for prompt in asked[:-16] if prompt not in held_out]
+    assert 16 < len(train) < 48  # for some came on both sides
+
+
+def test_prompts_that_are_all_held_out_are_too_few(prepared, tmp_path):
+    (tmp_path / "same.jsonl").write_text('{"text": "the film was"}\n' * 9)
+    config = settings()
+    config.prompts.source = str(tmp_path / "same.jsonl")
+    config.evaluate.prompts = 2
+    with pytest.raises(
+        ValueError, match="no prompt is left to train on beside the 1 different ones held out; lower evaluate.prompts"
+    ):
+        prepared(config)
+
+
+# ---- where a run comes from
 
 
 @pytest.mark.slow
-def test_what_a_user_can_mend_ends_in_a_paragraph(tmp_path):
-    (tmp_path / "mine.jsonl").write_text('{"text": "the film was good ."}\n{"text": ["a", "list"]}\n')
-    command = [sys.executable, "-m", "experiments.sft", "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}"]
-    ended = subprocess.run(
-        [*command, f"--config.data.source={tmp_path / 'mine.jsonl'}"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert "row 1: '{text}' of the template is no text but a list" in ended.stderr and "--debug" in ended.stderr
+def test_a_stage_is_reused_only_with_the_stages_it_was_made_from(finished, tmp_path):
+    for stage in STAGES:
+        shutil.copytree(finished / stage, tmp_path / stage)
+    config, runs = settings(), {"sft": sft.run, "compare": compare.run, "reward": reward.run}
+    shutil.rmtree(tmp_path / "sft")
+    for stage, happens in (("sft", "making"), ("compare", "reusing"), ("reward", "reusing")):  # the same settings, the same stage
+        assert f"stage {stage}: {happens}" in run(launch.Stages(tmp_path, config.stages, runs).path, f"stage:{stage}")
+    shutil.rmtree(tmp_path / "sft")
+    config.stages.sft.run.steps = 3
+    otherwise = r"was made otherwise: .*sft.nll/after: (\S+) -> (?!\1;)\S+. Delete that folder"
+    for stage in ("compare", "reward"):  # the earlier first
+        with pytest.raises(ValueError, match=f"stage {stage} in {tmp_path / stage} {otherwise}"):
+            run(ppo.run, config, tmp_path)
+        shutil.rmtree(tmp_path / stage)
+    assert not (tmp_path / "reward").exists()
+
+
+@pytest.mark.slow
+def test_a_language_model_is_no_reward_model(finished, tmp_path):
+    """Neither one that was fine-tuned nor a policy that PPO left, whose critic is no part of it."""
+    mesh, config = shard.make_mesh(devices=jax.devices()[:1]), settings()
+    with pytest.raises(ValueError, match=r"sft has no scalar head \(score.weight\): experiments.reward makes"):
+        common.load(str(finished / "sft"), config.reward_model, mesh, seed=0, head="reward", draw_head=False)
+    config.model.source = str(finished / "sft")
+    config.reward_model.source = str(finished)
+    with pytest.raises(ValueError, match=f"{finished} has no scalar head"):
+        run(ppo.run, config, tmp_path)
+    kept = json.loads((finished / "model" / "config.json").read_text())
+    assert kept["architectures"] == ["LlamaForCausalLM"]
+    with safe_open(finished / "model" / "model.safetensors", "numpy") as file:
+        assert "model.norm.weight" in file.keys() and not [name for name in file.keys() if name.startswith("score")]  # noqa: SIM118
+    assert json.loads((finished / "reward" / "model" / "config.json").read_text())["architectures"] != kept["architectures"]
+
+
+@pytest.mark.slow
+def test_margins_reach_the_loss_and_scores_have_the_spread_asked_for(finished, tmp_path, monkeypatch):
+    rows = [row | {"by": n / 8} for n, row in enumerate(log.read_lines(finished / "compare" / "comparisons.jsonl"))]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = reward_config.get_config("tiny")
+    config.model.source = str(finished / "sft")
+    config.data.update(source=str(tmp_path / "rated.jsonl"), margin="{by}")
+    config.normalise.update(before=0.05, after=2.0)
+    config.run.steps = 2
+    fit, began = loop.fit, {}
+
+    def watched(step, state, data_at, **settings):
+        began.update(params=jax.device_get(state.params), pairs=jax.device_get(data_at(0)))
+        return fit(step, state, data_at, **settings)
+
+    monkeypatch.setattr(loop, "fit", watched)
+    run(reward.run, config, tmp_path / "run")
+
+    architecture, left = checkpoints.load(tmp_path / "run")
+    measure = jax.jit(partial(score.last_scalar, decoder.build(architecture)))
+    _, held_out = reward.comparisons(checkpoints.tokenizer(tmp_path / "run"), **config.data)
+    both = tables.pad([pair[side] for pair in held_out for side in (0, 1)], config.data.length)
+    for params, std in ((began["params"], 0.05), (left, 2.0)):
+        scores = np.asarray(measure(params, both))
+        assert scores.mean() == pytest.approx(0, abs=1e-5) and scores.std() == pytest.approx(std, rel=1e-4)
+
+    pairs = began["pairs"]
+    by = {tuple(row["prompt_ids"] + row["chosen_ids"]): row["by"] for row in rows}
+    of_rows = [tuple(ids[real > 0].tolist()) for ids, real in zip(pairs.chosen.tokens, pairs.chosen.segments, strict=True)]
+    assert pairs.margin.tolist() == [by[ids] for ids in of_rows] and pairs.margin.std() > 1
+    gap = np.asarray(measure(began["params"], pairs.chosen)) - np.asarray(measure(began["params"], pairs.rejected))
+    assert metrics_of(tmp_path / "run")[0]["loss/total"] == pytest.approx(np.logaddexp(0, pairs.margin - gap).mean(), rel=1e-4)
+
+
+# ---- on several processes
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(finished, tmp_path):
+    """From the flags on, all stages included."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}/2"
+    command = [sys.executable, "-m", "experiments.ppo", "--config=configs/ppo.py:tiny", f"--workdir={tmp_path / 'run'}", "--debug"]
+    command += [f"--config.{name}={value}" for name, value in CHANGED.items()]
+    devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    with contextlib.ExitStack() as ends:
+        started = []
+        for number in range(2):
+            said = ends.enter_context(open(tmp_path / f"{number}.txt", "w"))
+            one = subprocess.Popen(
+                [*command, f"--distributed={place}/{number}"], cwd=ROOT, env=os.environ | devices | cache, stdout=said, stderr=said
+            )
+            ends.callback(one.wait)
+            ends.callback(one.kill)
+            started.append(one)
+        codes = [one.wait(timeout=300) for one in started]
+    assert codes == [0, 0], (tmp_path / "0.txt").read_text()[-3000:] + (tmp_path / "1.txt").read_text()[-3000:]
+    assert "summary" not in (tmp_path / "1.txt").read_text() and "step 2/2" not in (tmp_path / "1.txt").read_text()
+    here, there = (log.read_lines(folder / "samples.jsonl") for folder in (finished, tmp_path / "run"))
+    assert [(line["prompt"], line["response"]) for line in here] == [(line["prompt"], line["response"]) for line in there]
+    for one, two in zip(metrics_of(finished), metrics_of(tmp_path / "run"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-4)
+    summaries = [summary_of(folder) | {"seconds": 0} for folder in (finished, tmp_path / "run")]
+    assert summaries[0] == pytest.approx(summaries[1], rel=1e-4, abs=1e-4)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in finished.iterdir()}

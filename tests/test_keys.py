@@ -35,5 +35,5 @@ def test_seed_role_and_every_counter_make_another_key():
 
 
 def test_a_role_that_is_not_on_the_list_is_refused():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="role 'smaple'; there are init, sample, .*compare, annotate"):
         keys.key(0, "smaple")

@@ -169,3 +169,9 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
         assert inside[1:].sum() < p + 1e-6  # not without its least likely token,
         assert inside.min() >= probs[row][~kept[row]].max(initial=0.0)  # and holds the most likely
     assert filters.top_p(logits, 1.0) is logits
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9])
+def test_top_p_always_keeps_the_most_likely(p):
+    logits = jnp.array([[0.0, 3.0, 1.0], [5.0, -1.0, 4.0]])
+    np.testing.assert_array_equal(jnp.isfinite(filters.top_p(logits, p)), [[0, 1, 0], [1, 0, 0]])

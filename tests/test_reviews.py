@@ -22,7 +22,11 @@ def test_a_seed_gives_the_same_world_in_every_version():
     assert reviews.reviews(1, seed=3) == [
         "the pace was fine . the children thought the plot was very clever . the film is by a new team ."
     ]
-    assert reviews.openings(2, seed=3) == ["the dialogue and the story were", "the children thought the villain was"]
+    assert reviews.openings(3, seed=3) == [
+        "the hero follows two people . the dialogue was",
+        "the hero follows three people . the script and the villain were",
+        "it runs for two hours . the villain was",
+    ]
     assert reviews.reviews(5, seed=0) == reviews.reviews(9, seed=0)[:5] != reviews.reviews(5, seed=1)
     assert len(set(reviews.reviews(500, seed=0))) > 490
 
@@ -49,6 +53,12 @@ def test_reviews_are_balanced_and_openings_say_nothing(written):
     assert abs(points.mean()) < 4 * points.std() / len(points) ** 0.5 and points.std() > 1
     assert 0.45 < (points > 0).mean() < 0.55 and 0.45 < (points < 0).mean() < 0.55
     assert {sentiment(text, reviews.VALENCES) for text in written[1]} == {0.0}
+
+
+def test_openings_stop_before_a_verdict_within_a_prompts_length(written):
+    assert all(text.endswith((" was", " were")) and "{" not in text for text in written[1])
+    assert max(len(text.split()) for text in written[1]) <= 16  # prompts.length of the configs: none is cut
+    assert len(set(written[1])) > 600  # of 1000: held-out prompts are not all met in training
 
 
 def test_what_was_said_hints_at_what_comes(written):

@@ -51,6 +51,12 @@ def test_kl_above_its_target_raises_its_price_by_a_bounded_step(kl, factor):
     assert float(beta) == pytest.approx(0.1 * factor, rel=1e-6)
 
 
+@pytest.mark.parametrize("limit, kl, error", [(0.5, 60.0, 0.5), (0.5, 0.0, -0.5), (0.5, 8.4, 0.4), (0.0, 60.0, 0.0)])
+def test_the_step_is_bounded_by_its_limit(limit, kl, error):
+    beta = rewards.update_beta(jnp.float32(0.1), jnp.float32(kl), 64, target=6.0, horizon=1000.0, limit=limit)
+    assert float(beta) == pytest.approx(0.1 * (1 + error * 64 / 1000), rel=1e-6)
+
+
 def test_an_infinite_horizon_keeps_the_price():
     assert rewards.update_beta(jnp.float32(0.1), jnp.float32(99.0), 64, target=6.0, horizon=float("inf")) == np.float32(0.1)
 
@@ -65,6 +71,9 @@ def test_an_infinite_horizon_keeps_the_price():
         ("slightly bad", -0.25),
         ("not good", -0.375),
         ("never dull", 0.75),
+        ("it wasn't good", -0.375),
+        ("Don't say dull , good", 1.25),
+        ("I can't say it isn't good", 0.28125),  # two negations
         ("not very good", -0.5625),
         ("not bad and good", 0.875),  # a negation is spent on the first word that has a valence
         ("not a film that is good", -0.375),  # however far away in its clause

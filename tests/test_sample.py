@@ -136,3 +136,10 @@ def test_tokens_come_as_often_as_their_probabilities_say(cut):
     np.testing.assert_array_less(np.abs(seen - p), 4 * np.sqrt(np.asarray(p * (1 - p)) / many) + 1e-9)
     np.testing.assert_allclose(jnp.exp(drawn), p[tokens], rtol=1e-5)
     np.testing.assert_allclose(logp, jax.nn.log_softmax(logits / temperature)[tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -0.5}, {"top_k": -1}, {"top_p": -0.1}])
+def test_settings_below_0_are_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} = {value}.*: none may be below 0"):
+        choose(keys_of(0), jnp.zeros((1, 6)), **wrong)

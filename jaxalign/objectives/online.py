@@ -60,6 +60,7 @@ def ppo(
         "policy/ratio_tail": total(jnp.abs(log_ratio) > jnp.log(2.0)),
         "policy/clipped": total(surrogate > -advantage * ratio),
         "policy/approx_kl": total(divergences.k2(said.logp, data.logp)),
-        "value/clipped": total(value_loss > 0.5 * (value - target) ** 2),
+        # within the clip both squares are equal but for rounding
+        "value/clipped": total((jnp.abs(value - old_value) > value_clip) & (value_loss > 0.5 * (value - target) ** 2)),
     }
     return total(per_token), {"weight": weights.sum(), **sums}
