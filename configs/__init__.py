@@ -5,7 +5,7 @@ LOOP = {"log_every": 10, "save_every": 100, "save_seconds": 600.0, "keep": 2, "s
 
 def follow(config, stage, *sections):
     """The stage's seed, mesh and these sections say what the config's say, also where they are changed."""
-    stage.seed = config.get_ref("seed")
+    stage.seed = config.get_oneway_ref("seed")
     for section in ("mesh", *sections):
         for key in config[section]:
-            stage[section][key] = config[section].get_ref(key)
+            stage[section][key] = config[section].get_oneway_ref(key)

@@ -51,6 +51,8 @@ def load(source: str, settings, mesh, *, seed: int, scratch=None, head: str | No
     elif (Path(source) / ARCHITECTURE).exists() and not (Path(source) / "model").exists():
         tokenizer = checkpoints.tokenizer(settings.tokenizer or Path(source) / "tokenizer")
         saved = json.loads((Path(source) / ARCHITECTURE).read_text()) | form
+        if head and not draw_head and saved["scalar"] != HEADS[head](saved["width"]):
+            raise ValueError(f"{source} holds no {head} head: its checkpoints are of another kind of run")
         architecture = decoder.DecoderConfig(**saved)
         like = shard.unbox(jax.eval_shape(decoder.build(architecture).init, key))
         host = checkpoint.load_params(Path(source) / "checkpoints", like)

@@ -45,7 +45,7 @@ def judge(params, _, batch, *, model):
 def run(config):
     """Print an answer to each prompt, and write all there is to know of it to config.output."""
     mesh = shard.make_mesh(**config.mesh)
-    if config.output:
+    if config.output and jax.process_index() == 0:
         Path(config.output).unlink(missing_ok=True)
     loaded = common.load(config.model.source, config.model, mesh, seed=config.seed)
     prompts, found = documents(config, loaded.tokenizer)

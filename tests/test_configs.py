@@ -175,3 +175,9 @@ def test_a_setting_that_does_not_exist_cannot_be_set(name):
         config.sed = 1
     with pytest.raises((TypeError, ValueError)):
         config.seed = "one"
+
+
+def test_a_stage_can_be_changed_alone():
+    config = built("ppo", "tiny")
+    config.stages.compare.model.dtype = "bfloat16"
+    assert config.model.dtype == config.stages.reward.model.dtype == "float32"

@@ -112,6 +112,7 @@ def metrics_of(folder):
 def test_a_run_says_what_came_out(finished):
     summary = summary_of(finished)
     wanted = {"gold/before", "gold/after", "proxy/before", "proxy/after", "kl/final", "kl/target", "seconds"}
+    wanted |= {f"{name}/{when}_stderr" for name in ("gold", "proxy") for when in ("before", "after")}
     assert wanted | {"reward_model/accuracy", "reward_model/accuracy_ceiling"} <= summary.keys()
     assert all(math.isfinite(x) for x in summary.values())
     assert summary["kl/target"] == settings().kl.target and summary["kl/final"] > 0 and summary["seconds"] > 0
@@ -501,6 +502,21 @@ def test_prompts_that_are_all_held_out_are_too_few(prepared, tmp_path):
     with pytest.raises(
         ValueError, match="no prompt is left to train on beside the 1 different ones held out; lower evaluate.prompts"
     ):
+        prepared(config)
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"sample.temperature": 0.0}, "sample.temperature = 0.0: a policy that is to learn"),
+        ({"run.batch": 15}, "run.batch = 15 does not divide into run.minibatches = 2"),
+        ({"evaluate.prompts": 64}, "evaluate.prompts = 64 of 64: at least one must be on each side"),
+    ],
+)
+def test_settings_that_cannot_be_run_are_refused_before_the_first_iteration(prepared, changed, says):
+    config = settings()
+    config.update_from_flattened_dict(changed)
+    with pytest.raises(ValueError, match=says):
         prepared(config)
 
 

@@ -130,7 +130,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sink, module", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_sink_that_is_not_installed_says_what_to_install(tmp_path, monkeypatch, sink, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"sink '{sink}' needs {module}: pip install 'jaxalign\[track\]'"):
+    with pytest.raises(ImportError, match=rf"sink '{sink}' needs {module}: pip install {module}"):
         write(tmp_path, 0, 1, sinks=(sink,))
     with pytest.raises(ValueError, match="sinks: tensorboad; there are tensorboard, wandb"):
         write(tmp_path, 0, 1, sinks=("tensorboad",))
