@@ -2,6 +2,9 @@
 
 python -m experiments.reward --config=configs/reward.py         comparisons by a simulated annotator of a small model's reviews
 python -m experiments.reward --config=configs/reward.py:hh      SmolLM2-135M-Instruct on real human preferences
+
+Results, on 2 CPU cores, seed 0: reviews 0.786 ± 0.013 of held-out pairs (ceiling 0.852), 30 s for this stage; smollm2 0.617 ± 0.043
+(ceiling 0.87), 4 min for this stage; hh 0.60 ± 0.05, 18 min. EXPERIMENTS.md says what bounds them.
 """
 
 from ml_collections import ConfigDict
