@@ -3,8 +3,8 @@
 python -m experiments.sft --config=configs/sft.py                  a small model learns to write film reviews, from scratch
 python -m experiments.sft --config=configs/sft.py:instructions     SmolLM2-135M-Instruct learns from Natural Instructions
 
-Results, on 2 CPU cores, seed 0, held-out loss in nats a target token: reviews 4.45 to 1.28, half a minute; instructions 3.20 to 2.79
-over 64 rows, 12 min beside other work. EXPERIMENTS.md says more.
+Results, on 2 CPU cores, seed 0, held-out loss in nats a target token: reviews 4.45 to 1.28, half a minute; instructions 3.20 to
+2.79 over 64 rows, 12 min beside other work. EXPERIMENTS.md says more.
 """
 
 from ml_collections import ConfigDict
