@@ -164,8 +164,8 @@ def texts(tokenizer, batch: Batch) -> list[tuple[str, str]]:
     return list(zip(decode(real & ~written), decode(written), strict=True))
 
 
-def gold_reward(tokenizer, lexicon: str):
-    """-> (batch) -> the gold scores of its responses, f32 [B]: `rewards.sentiment` of each.
+def gold_reward(lexicon: str):
+    """-> (responses) -> their gold scores, f32 [B]: `rewards.sentiment` of each text.
 
     Args: lexicon: "reviews" for the generated world's, or a .jsonl file of token and valence.
     """
@@ -174,11 +174,7 @@ def gold_reward(tokenizer, lexicon: str):
         rows = sources.read(lexicon)
         sources.require(rows, ("token", "valence"), lexicon)
         valences = {row["token"]: row["valence"] for row in rows}
-
-    def score(batch: Batch) -> np.ndarray:
-        return score_texts(partial(sentiment, valences=valences), [response for _, response in texts(tokenizer, batch)])
-
-    return score
+    return partial(score_texts, partial(sentiment, valences=valences))
 
 
 def parts(documents: list, size: int):

@@ -25,14 +25,15 @@ def run(config, workdir: Path, stages: launch.Stages | None = None):
     loaded = common.load(source, config.model, mesh, seed=config.seed)
     prompts = common.openings(loaded.tokenizer, seed=config.seed, **config.prompts)
     draw = common.sampler(loaded.model, mesh, loaded.tokenizer.eos_token_id, config.sample)
-    gold = common.gold_reward(loaded.tokenizer, config.gold.lexicon)
+    gold = common.gold_reward(config.gold.lexicon)
     shuffled = order(len(prompts), len(prompts), seed=config.seed, step=0)
 
     rows = []
     for numbers, count in common.parts(list(shuffled), config.run.batch):
         batch = common.rows_of(prompts, numbers, config.prompts.length, mesh, loaded.model.config.vocab)
         pair = [draw(loaded.params, keys.of_rows(keys.key(config.seed, "compare", which), numbers), batch) for which in (0, 1)]
-        scores, said = [gold(side) for side in pair], [common.texts(loaded.tokenizer, side) for side in pair]
+        said = [common.texts(loaded.tokenizer, side) for side in pair]
+        scores = [gold([response for _, response in side]) for side in said]
         tokens = [shard.fetch((side.tokens, side.weights > 0, side.segments > 0)) for side in pair]
         draws = shard.fetch(jax.vmap(jax.random.uniform)(keys.of_rows(keys.key(config.seed, "annotate"), numbers)))
         first, ceiling = annotators.prefer(*scores, draws, temperature=config.annotator.temperature)

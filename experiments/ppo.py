@@ -95,10 +95,11 @@ def evaluate(job: Job, tokenizer, gold, params):
         batch, scores = respond(job, params, job.held_out, numbers, "evaluate", 0)
         gap = job.said(params, batch)[0] - job.said(job.reference, batch)[0]
         of_rows = {"proxy": shard.fetch(scores), "kl": shard.fetch((gap * batch.targets).sum(axis=1))}
+        texts = common.texts(tokenizer, batch)
         if gold:
-            of_rows["gold"] = gold(batch)
+            of_rows["gold"] = gold([response for _, response in texts])
         found.append({name: x[:count] for name, x in of_rows.items()})
-        for r, (prompt, response) in enumerate(common.texts(tokenizer, batch)[:count]):
+        for r, (prompt, response) in enumerate(texts[:count]):
             samples.append({"prompt": prompt, "response": response} | {name: float(x[r]) for name, x in of_rows.items()})
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}, samples[: job.config.evaluate.samples]
 
@@ -156,7 +157,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None):
     if policy.tokenizer_digest != judge.tokenizer_digest:
         raise ValueError(f"the policy ({policy_source}) and its reward model ({judge_source}) have different tokenizers")
     job, state = prepare(config, mesh, policy, judge)
-    gold = common.gold_reward(policy.tokenizer, config.gold.lexicon) if config.gold.lexicon else None
+    gold = common.gold_reward(config.gold.lexicon) if config.gold.lexicon else None
     measure = partial(evaluate, job, policy.tokenizer, gold)
 
     def watched(state, i):
