@@ -29,6 +29,7 @@ RULES = {
     "head": None,
     "context": None,
     "scalar": None,
+    "rows": ROWS,
 }
 
 
@@ -54,6 +55,11 @@ class Declared(struct.PyTreeNode, meta.AxisMetadata):
 def declared(init, *names):
     """The initializer `init`, its result boxed with the logical names of its axes."""
     return lambda *args: Declared(init(*args), names)
+
+
+def declare_rows(tree):
+    """Every leaf [B, ...] in a box that says that its rows are split over ROWS."""
+    return jax.tree.map(lambda x: Declared(x, ("rows",)), tree)
 
 
 def unbox(tree):
@@ -96,11 +102,10 @@ def shardings(abstract, mesh: Mesh, rules=RULES):
             return NamedSharding(mesh, P())
         where = spec(leaf.names, rules)
         for size, axis, name in zip(leaf.value.shape, where, leaf.names):
-            if axis is not None and size % mesh.shape[axis]:
+            parts = 1 if axis is None else np.prod([mesh.shape[one] for one in (axis if isinstance(axis, tuple) else [axis])])
+            if size % parts:
                 leaf_name = jax.tree_util.keystr(path)
-                raise ValueError(
-                    f"{leaf_name}: axis '{name}' of {size} does not divide over mesh axis '{axis}' of {mesh.shape[axis]}"
-                )
+                raise ValueError(f"{leaf_name}: axis '{name}' of {size} does not divide over mesh axis '{axis}' of {parts}")
         return leaf.replace_boxed(NamedSharding(mesh, where))
 
     return unbox(jax.tree_util.tree_map_with_path(one, abstract, is_leaf=lambda x: isinstance(x, Declared)))
@@ -157,34 +162,54 @@ def together(what: str):
         multihost_utils.sync_global_devices(what)
 
 
+def one_at_a_time(out):
+    """`out` itself. Several CPU devices share few threads, and two programs in flight could wait for each other's for ever: there
+    it waits for the program that makes it, so that no other begins."""
+    return jax.block_until_ready(out) if jax.default_backend() == "cpu" and jax.device_count() > 1 else out
+
+
 def on_mesh(compiled, mesh: Mesh):
     """A function that calls `compiled` with this mesh set, so that `constrain_rows` inside it knows the mesh."""
 
     def run(*args):
         with jax.set_mesh(mesh):
-            return compiled(*args)
+            return one_at_a_time(compiled(*args))
 
     return run
 
 
 def compile_step(step, mesh: Mesh, where, how: str = "jit"):
-    """A step(state, data, *, axis) -> (state, metrics), compiled over the mesh; the state is donated.
+    """A step(state, data, *, axis) -> (state, metrics), compiled over the mesh; the state is donated, but for state.frozen.
 
     how = "jit"        the path: XLA splits the work by `where`, the state's shardings
           "shard_map"  every device runs the step on its rows, sums go over the mesh explicitly; the state is copied
           "pmap"       the same by jax.pmap
     The last two are checked alternatives for meshes that only split rows. Results are equal to rounding.
     """
+
+    def apart(state, frozen, data, **axis):
+        state, metrics = step(state.replace(frozen=frozen), data, **axis)
+        return state.replace(frozen=()), metrics
+
+    def whole(run):
+        def call(state, data):
+            after, metrics = run(state.replace(frozen=()), state.frozen, data)
+            return after.replace(frozen=state.frozen), metrics
+
+        return call
+
     if how == "jit":
-        return on_mesh(jax.jit(step, out_shardings=(where, None), donate_argnums=0), mesh)
+        return whole(on_mesh(jax.jit(apart, out_shardings=(where.replace(frozen=()), None), donate_argnums=0), mesh))
     if mesh.shape["tensor"] != 1:
         raise ValueError(f"{how} copies parameters: it needs a mesh with tensor=1, not {dict(mesh.shape)}")
     if how == "shard_map":
-        split = jax.shard_map(partial(step, axis=ROWS), mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P(), check_vma=False)
-        return jax.jit(split, donate_argnums=0)
+        split = jax.shard_map(partial(apart, axis=ROWS), mesh=mesh, in_specs=(P(), P(), P(ROWS)), out_specs=P(), check_vma=False)
+        return whole(jax.jit(split, donate_argnums=0))
     if how == "pmap":
         devices = list(mesh.devices.flat)
-        split = jax.pmap(partial(step, axis="rows"), axis_name="rows", in_axes=(None, 0), out_axes=None, devices=devices)
+        split = jax.pmap(partial(apart, axis="rows"), axis_name="rows", in_axes=(None, None, 0), out_axes=None, devices=devices)
         parts = len(devices)
-        return lambda state, data: split(state, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), data))
+        return whole(
+            lambda state, frozen, data: split(state, frozen, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), data))
+        )
     raise ValueError(f"how = {how!r}; there are 'jit', 'shard_map' and 'pmap'")

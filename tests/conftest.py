@@ -1,5 +1,7 @@
 """What all tests stand on: 8 virtual devices, a JAX that forbids what hides faults, the shared data, and one tiny model."""
 
+import contextlib
+import fcntl
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser):
     parser.addoption("--golden", default=str(ROOT / "tests" / "golden"), help="folder of the golden numbers (*.json)")
+    parser.addoption("--kills", type=int, default=8, help="how often test_resume kills each run")
+    parser.addoption("--kill-seed", type=int, default=0, help="of the moments at which it does")
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +43,22 @@ def shared() -> Path:
     if lost:
         pytest.fail(f"the folder 'shared' beside the repository has no {', '.join(lost)}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name): a folder that all workers of a test run share. Yields (folder, whether somebody has filled it); one at a time."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    @contextlib.contextmanager
+    def locked(name):
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield root / name, (root / f"{name}.made").exists()
+            (root / f"{name}.made").touch()
+
+    return locked
 
 
 class Tiny(NamedTuple):

@@ -14,8 +14,8 @@ from jaxalign.train import log
 
 def write(workdir, start, stop, **kwargs):
     with log.Log(workdir, start=start, stop=stop, config={}, **kwargs) as lines:
-        for i in range(start, stop):
-            lines.write(i, {"loss/total": 1 / (i + 1), "count": i}, [{"prompt": f"é{i}", "score": float("nan")}] if i % 2 else ())
+        for n in range(start + 1, stop + 1):
+            lines.write(n, {"loss/total": 1 / n, "count": n}, [{"prompt": f"é{n}", "score": float("nan")}] if n % 2 else ())
 
 
 def test_lines_are_cut_to_what_an_uninterrupted_run_has(tmp_path):
@@ -25,17 +25,35 @@ def test_lines_are_cut_to_what_an_uninterrupted_run_has(tmp_path):
     write(once, 0, 6)
     write(twice, 0, 5)
     with open(twice / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "loss/to')  # killed in the middle of a line
-    assert [line["step"] for line in log.read_lines(twice / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+        file.write('{"step": 6, "loss/to')  # killed in the middle of a line
+    assert [line["step"] for line in log.read_lines(twice / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     write(twice, 3, 6)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (twice / name).read_bytes() == (once / name).read_bytes()
 
 
+def test_a_damaged_line_is_dropped_with_a_word_and_the_others_stay(tmp_path, capsys):
+    write(tmp_path, 0, 6)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1], lines[3] = lines[1].replace(b"{", b"\xfb"), b"[1]\n"
+    path.write_bytes(b"".join(lines))
+    write(tmp_path, 5, 6)
+    assert "WARNING: 2 lines of" in capsys.readouterr().out
+    assert [line["step"] for line in log.read_lines(path)] == [1, 3, 5, 6]
+
+
+def test_a_json_file_that_is_none_is_named(tmp_path):
+    assert log.read_json(tmp_path / "config.json") == {}
+    (tmp_path / "config.json").write_bytes(b'{"seed": 0\xff}')
+    with pytest.raises(ValueError, match=r"config.json is not JSON \(.*\), though it was written whole"):
+        log.read_json(tmp_path / "config.json")
+
+
 def test_a_line_is_strict_json_in_the_order_given(tmp_path):
     write(tmp_path, 0, 4)
     line = (tmp_path / "metrics.jsonl").read_text().splitlines()[3]
-    assert line == '{"step": 3, "loss/total": 0.25, "count": 3}'
+    assert line == '{"step": 4, "loss/total": 0.25, "count": 4}'
     sample = (tmp_path / "samples.jsonl").read_text().splitlines()[1]
     assert sample == '{"step": 3, "prompt": "é3", "score": null}'
 
@@ -110,7 +128,7 @@ def test_tensorboard_gets_every_line(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
     write(tmp_path, 1, 2, sinks=("tensorboard",))
-    assert seen == [(str(tmp_path / "tensorboard"), 1), ("loss/total", 0.5, 1), ("count", 1, 1), "closed"]
+    assert seen == [(str(tmp_path / "tensorboard"), 2), ("loss/total", 0.5, 2), ("count", 2, 2), "closed"]
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
@@ -123,8 +141,8 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     write(tmp_path, 0, 1, sinks=("wandb",))
     write(tmp_path, 1, 2, sinks=("wandb",))
-    first, second = ({"loss/total": 1 / (i + 1), "count": i} for i in range(2))
-    assert seen == [None, (first, 0), "closed", "abc", (second, 1), "closed"]
+    first, second = ({"loss/total": 1 / n, "count": n} for n in (1, 2))
+    assert seen == [None, (first, 1), "closed", "abc", (second, 2), "closed"]
 
 
 @pytest.mark.parametrize("sink, module", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])

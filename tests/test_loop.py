@@ -94,7 +94,7 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, whole, capsys)
     same(state, whole[1])
     assert int(state.step) == 80
     assert records(tmp_path) == records(whole[0])
-    assert [line["step"] for line in records(tmp_path)[0]] == list(range(40))
+    assert [line["step"] for line in records(tmp_path)[0]] == list(range(1, 41))
     fit(tmp_path, 40)
     assert "resuming at step 40 of 40" in (said := capsys.readouterr().out) and "nothing is left to do" in said
     assert records(tmp_path) == records(whole[0])
@@ -169,7 +169,7 @@ def test_interrupted_terminated_and_killed(tmp_path, whole):
         else:
             assert process.returncode == 128 + number
             assert f"{number.name}: stopped at step {saved} of 40, saved. The same command resumes: " in said
-            assert [line["step"] for line in records(tmp_path)[0]] == list(range(saved))
+            assert [line["step"] for line in records(tmp_path)[0]] == list(range(1, saved + 1))
             assert saved >= done + 6
         assert saved < len(records(tmp_path)[0]) if number == signal.SIGKILL else saved < 40
         done = saved
@@ -180,19 +180,12 @@ def test_interrupted_terminated_and_killed(tmp_path, whole):
     same(checkpoint.restore(tmp_path / "checkpoints", regression()[1]).state, whole[1])
 
 
-def test_a_second_signal_ends_the_process_at_once():
-    code = (
-        "import os, signal, time\nfrom jaxalign.train import loop\n"
-        "with loop._signals():\n    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=50, capture_output=True).returncode == 143
-
-
 def test_signal_handlers_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
-    def stopping(i, state, metrics):
-        os.kill(os.getpid(), signal.SIGTERM)
+    def stopping(done, state):
+        if done:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(SystemExit) as ended:
         fit(tmp_path, 9, hooks=[stopping])
@@ -228,33 +221,49 @@ def test_a_changed_config_is_printed_and_another_identity_refused(tmp_path, caps
 
 @pytest.mark.parametrize("at, saved", [(0, []), (3, []), (4, [4]), (6, [4])])
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, at, saved):
-    with pytest.raises(FloatingPointError, match=f"loss/total is nan at step {at}. Nothing of it was saved"):
+    with pytest.raises(FloatingPointError, match=f"loss/total is nan at step {at + 1}. Nothing of it was saved"):
         fit(tmp_path, 9, data_at=lambda i: data_at(i) * (jnp.nan if i == at else 1.0), log_every=100)
     assert checkpoint.steps(tmp_path / "checkpoints") == saved
     last = log.read_lines(tmp_path / "metrics.jsonl")[-1]
-    assert last["step"] == at and last["loss/total"] is None
+    assert last["step"] == at + 1 and last["loss/total"] is None
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     def step(state, data):
         return state.replace(params={"w": state.params["w"] / 0.0}), {"loss/total": jnp.float32(1.0)}
 
-    with pytest.raises(FloatingPointError, match="the parameters are not finite after step 3, though its loss is"):
+    with pytest.raises(FloatingPointError, match="the parameters are not finite after step 4, though its loss is"):
         fit(tmp_path, 9, step=step)
     assert checkpoint.steps(tmp_path / "checkpoints") == []
 
 
-def test_hooks_see_each_step_and_may_add_to_it(tmp_path):
+def test_hooks_see_each_state_and_may_add_to_its_line(tmp_path):
     seen = []
 
-    def every_third(i, state, metrics):
-        seen.append((i, int(state.step), float(metrics["loss/total"])))
-        return {"eval/twice": 2 * i} if i % 3 == 2 else None
+    def every_third(done, state):
+        seen.append((done, int(state.step)))
+        return {"eval/twice": 2 * done} if done % 3 == 0 else None
 
-    fit(tmp_path, 8, hooks=[every_third], log_every=100, step=lambda *args: quiet(regression()[0], *args))
-    assert [(i, step) for i, step, _ in seen] == [(i, 2 * i + 2) for i in range(8)]
+    def run(stop):
+        fit(tmp_path, stop, hooks=[every_third], log_every=100, step=lambda *args: quiet(regression()[0], *args))
+
+    run(8)
+    assert seen == [(done, 2 * done) for done in range(9)]
     lines = log.read_lines(tmp_path / "metrics.jsonl")
-    assert [(line["step"], line.get("eval/twice")) for line in lines] == [(0, None), (2, 4), (5, 10), (7, None)]
+    assert [(line["step"], line.get("eval/twice")) for line in lines] == [(0, 0), (1, None), (3, 6), (6, 12), (8, None)]
+    assert "loss/total" not in lines[0] and all("loss/total" in line for line in lines[1:])
+    run(10)  # what was seen before is not looked at again
+    assert seen[9:] == [(9, 18), (10, 20)]
+
+
+def test_a_line_is_written_where_new_names_come_up(tmp_path):
+    """As at an update that begins with a new rollout."""
+
+    def step(state, i):
+        return state, {"loss/total": jnp.float32(i)} | ({"reward/score": jnp.float32(-i)} if i % 4 == 2 else {})
+
+    fit(tmp_path, 9, step=step, data_at=lambda i: i, log_every=100)
+    assert [line["step"] for line in log.read_lines(tmp_path / "metrics.jsonl")] == [1, 3, 7, 9]
 
 
 def quiet(step, *args):
@@ -301,3 +310,62 @@ def test_the_loop_waits_for_no_step_that_it_has_just_begun(tmp_path):
 def test_the_clock_saves_too(tmp_path):
     fit(tmp_path, 5, save_every=100, save_seconds=0.0, keep=9)
     assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2, 3, 4, 5]
+
+
+def test_what_stays_of_the_checkpoints(tmp_path):
+    """The last two, each tenth, and the best, which its metric has saved; also where the run was interrupted."""
+
+    def held_out(done, state):
+        return {"nll/held_out": abs(done - 7.0)} if done % 7 == 0 else {}
+
+    for stop in (9, 23):
+        fit(tmp_path, stop, hooks=[held_out], save_every=5, keep=2, keep_every=10, best="-nll/held_out")
+    assert checkpoint.steps(tmp_path / "checkpoints") == [7, 10, 20, 21, 23]
+
+
+def guarded(bad):
+    """A step that skips what is not finite, on data that is not finite at the steps in `bad`. -> (step, state, data_at)"""
+    tx = optax.adam(0.1)
+
+    def objective(params, x):
+        return ((x @ params["w"] - 1.0) ** 2).sum(), {"weight": jnp.float32(len(x))}
+
+    params = {"w": jnp.zeros(3)}
+    step = jax.jit(make_step(objective, tx), donate_argnums=0)
+    return step, TrainState(jnp.int32(0), params, tx.init(params)), lambda i: data_at(i) * (jnp.nan if i in bad else 1.0)
+
+
+def test_a_few_unsound_steps_are_survived_and_too_many_end_the_run_in_its_last_good_state(tmp_path, capsys):
+    def run(folder, stop, bad):
+        step, state, data = guarded(bad)
+        return loop.fit(step, state, data, workdir=tmp_path / folder, stop=stop, **{**RUN, "patience": 3})
+
+    survived = run("few", 12, {0, 4, 5, 8})
+    assert (int(survived.step), int(survived.guard["skipped"])) == (8, 4) and np.isfinite(survived.params["w"]).all()
+    lines = log.read_lines(tmp_path / "few" / "metrics.jsonl")
+    assert [line["train/skipped"] for line in lines] == [1, 1, 1, 1, 2, 3, 3, 3, 4, 4, 4, 4]
+    assert [line["loss/total"] is None for line in lines] == [i in {0, 4, 5, 8} for i in range(12)]
+
+    bad = set(range(5, 12))
+    with pytest.raises(FloatingPointError, match="4 updates in a row were skipped.*saved at step 9.*behind those rows"):
+        run("many", 20, bad)
+    good = run("good", 5, set())
+    found = checkpoint.restore(tmp_path / "many" / "checkpoints", guarded(bad)[1])
+    same(found.state.params, good.params)
+    same(found.state.opt, good.opt)
+    with pytest.raises(FloatingPointError):  # on from there: the rows are still bad
+        run("many", 20, bad)
+    assert int(run("many", 20, set()).step) > 5
+
+
+def test_a_run_that_cannot_be_saved_goes_on_and_says_so(tmp_path, capsys):
+    """A file stands where the folder of step 4 wants to be."""
+
+    def in_the_way(done, state):
+        if done == 3:
+            (tmp_path / "checkpoints" / "4").write_text("")
+
+    fit(tmp_path, 9, hooks=[in_the_way])
+    assert capsys.readouterr().out.count("WARNING: checkpoint 4 was not saved") == 1
+    found = checkpoint.restore(tmp_path / "checkpoints", regression()[1])
+    assert found.step == 9 and not found.skipped

@@ -15,7 +15,8 @@ def a_run(folder, steps=5, prompts=(EVIL, EVIL), **more):
     with open(folder / "metrics.jsonl", "w") as file:
         for i in range(steps):
             loss = None if i == 1 else 2.0 / (i + 1)
-            file.write(json.dumps({"step": i, "loss/total": loss, "own/<metric>": i, "time/elapsed_s": 21.0 * i, **more}) + "\n")
+            line = {"step": i + 1, "loss/total": loss, "own/<metric>": i, "time/elapsed_s": 21.0 * i}
+            file.write(json.dumps(line | more) + "\n")
     with open(folder / "samples.jsonl", "w") as file:
         for step, prompt in zip((0, steps - 1), prompts):
             file.write(json.dumps({"step": step, "prompt": prompt, "response": f"{EVIL} at {step}", "score": step / 2}) + "\n")
@@ -70,7 +71,7 @@ def test_result_curves_samples_and_config_are_there(tmp_path):
 
 def test_an_empty_and_an_unfinished_run_have_a_report_too(tmp_path):
     assert "No step was logged." in Page(report.write(tmp_path).read_text()).text
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss/total": 1.5}\n{"step": 1, "lo')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 1.5}\n{"step": 2, "lo')
     assert "1 steps" in Page(report.write(tmp_path).read_text()).text
 
 

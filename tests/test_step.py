@@ -166,4 +166,81 @@ def test_a_batch_of_weight_0_moves_nothing(tiny):
     batch = batches(1)[0]
     state, metrics = step(TrainState(jnp.int32(0), tiny.params, tx.init(tiny.params)), batch.replace(weights=0 * batch.weights))
     same(state.params, tiny.params, 0)
+    assert state.step == 0 and metrics["train/skipped"] == 1
     assert metrics["train/weight"] == 0 and all(np.isfinite(x) for x in metrics.values())
+
+
+def line(sigmas=0.0, window=4, **hyper):
+    """A loss of slope `data` in one parameter, under Adam: each number of the data is the gradient of an update."""
+
+    def objective(params, data):
+        return (params["w"] * data["slope"]).sum(), {"weight": data["weight"].sum(), "seen/slope": data["slope"].sum()}
+
+    tx = optax.adam(0.1)
+    params = {"w": jnp.float32(1)}
+    run = jax.jit(make_step(objective, tx, sigmas=sigmas, window=window, **hyper))
+
+    def walk(slopes):
+        state, seen = TrainState(jnp.int32(0), params, tx.init(params)), []
+        for slope in slopes:
+            state, metrics = run(state, {"slope": jnp.float32([slope]), "weight": jnp.ones(1)})
+            seen.append(jax.device_get(metrics))
+        return jax.device_get(state), seen
+
+    return walk
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("places", [[0], [3], [5, 6, 7], [0, 1, 2, 4, 9]])
+def test_a_step_that_is_not_finite_leaves_no_trace_but_its_count(bad, places):
+    walk, slopes = line(sigmas=6.0), [1.0, 2.0, 0.5, 1.5, 1.0, 0.7]
+    with_bad, good = [], iter(slopes)
+    while len(with_bad) < len(slopes) + len(places):
+        with_bad.append(bad if len(with_bad) in places else next(good))
+    (found, seen), (wanted, _) = walk(with_bad), walk(slopes)
+    counts = {"skipped": len(places), "skipped_in_a_row": 0}
+    jax.tree.map(np.testing.assert_array_equal, found, wanted.replace(guard={**wanted.guard, **counts}))
+    runs = np.cumsum([slope is bad for slope in with_bad])
+    assert [m["train/skipped"] for m in seen] == runs.tolist()
+    assert max(m["train/skipped_in_a_row"] for m in seen) == max(np.diff([-1, *[n for n in range(20) if n not in places]]) - 1)
+
+
+def test_a_spike_is_skipped_once_there_is_something_to_compare_it_with():
+    walk = line(sigmas=3.0)
+    state, seen = walk([1.0, 3.0, 1.1, 0.9, 1.0, 1.2, 1.0, 1.1, 0.9, 1.0, 1.0, 1.1, 0.9, 1.0, 9.0, 1.0])
+    assert [m["train/skipped"] for m in seen] == [0] * 14 + [1, 1]  # the second is one of the first `window`
+    assert state.step == 15
+    state, seen = line(sigmas=3.0)([1.0] * 6 + [1.0001, 1.0])  # equal norms: the slightest excess is a spike, rounding is none
+    assert [m["train/skipped"] for m in seen] == [0] * 6 + [1, 1]
+    state, seen = line()([1.0] * 9 + [1e6])  # none are looked for
+    assert seen[-1]["train/skipped"] == 0
+
+
+def test_the_record_is_of_the_mean_and_the_variance():
+    norms = [1.0, 4.0, 2.5, 3.0]
+    guard = line(window=4)(norms)[0].guard
+    assert guard["mean"] == pytest.approx(np.mean(norms), rel=1e-6)
+    assert guard["variance"] == pytest.approx(np.var(norms), rel=1e-6)
+    far = line(window=4)([*norms, *[7.0] * 60])[0].guard  # what is long past is forgotten
+    assert far["mean"] == pytest.approx(7.0, rel=1e-5) and far["variance"] < 1e-4
+
+
+def test_an_update_above_a_limit_is_held_back_and_not_counted_as_skipped():
+    state, seen = line(hold_above={"seen/slope": 2.0, "train/nothing": None})([1.0, 3.0, 2.0, np.nan])
+    assert [m["train/held"] for m in seen] == [0, 1, 0, 0]
+    assert [m["train/skipped"] for m in seen] == [0, 0, 0, 1]
+    assert state.step == 2
+    jax.tree.map(np.testing.assert_array_equal, state.params, line()([1.0, 2.0])[0].params)
+
+
+@pytest.mark.parametrize("how, sizes", [("jit", (4, 2, 1)), ("shard_map", (8, 1, 1)), ("pmap", (8, 1, 1))])
+def test_what_one_device_finds_unsound_all_skip(tiny, how, sizes):
+    mesh = shard.make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    step, host = build(tiny)
+    where = where_of(tiny, mesh)
+    run = shard.compile_step(step, mesh, where, how)
+    batch = batches(1)[0]
+    batch = batch.replace(weights=np.where(np.arange(ROWS)[:, None] == 3, np.float32(np.inf), batch.weights))
+    state, metrics = run(shard.put(host, where) if how == "jit" else host, shard.place(batch, mesh))
+    same(shard.fetch((state.params, state.opt)), (host.params, host.opt), 0)
+    assert shard.fetch(metrics["train/skipped"]) == 1

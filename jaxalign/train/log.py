@@ -1,7 +1,8 @@
 """What a run writes: metrics.jsonl, samples.jsonl, JSON files, a line for whoever watches, and optional sinks. Process 0 writes.
 
-A line of metrics.jsonl is {"step": i, "loss/total": ..., ...}: the names that the step gave, floats in the fewest digits that give
-the same number back, null where a value is not finite. All that may differ between two equal runs is named time/...:
+A line of metrics.jsonl is {"step": n, "loss/total": ..., ...}: what step n said (the first is 1), and hooks of the state after it.
+Floats are in the fewest digits that give the same number back, null where a value is not finite. All that may differ between two
+equal runs is named time/...:
 
     time/step_s          seconds a step, since the line before
     time/elapsed_s       seconds since step 0, those of interrupted runs included
@@ -43,10 +44,13 @@ def say(text: str):
 def write_json(path, value):
     """The file is replaced at once or not at all."""
     if jax.process_index() == 0:
-        path = Path(path)
-        new = path.with_name(f".{path.name}.new")
-        new.write_text(json.dumps(value, indent=2, default=str) + "\n")
-        os.replace(new, path)
+        _replace(Path(path), json.dumps(value, indent=2, default=str).encode() + b"\n")
+
+
+def _replace(path: Path, data: bytes):
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(data)
+    os.replace(new, path)
 
 
 def plain(config) -> dict:
@@ -90,31 +94,45 @@ def _strict(value):
     return [_strict(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+def read_json(path) -> dict:
+    """The object of a JSON file; {} where there is none. ValueError, naming the file, where it is not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes()) if Path(path).exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}), though it was written whole. Make what is in its folder again") from error
+
+
 def read_lines(path) -> list[dict]:
     """The objects of a .jsonl file; none where there is no file. A last line that was torn off is left out."""
+    return [found for found, _ in _lines(path) if found is not None]
+
+
+def _lines(path):
+    """Yields (object, its bytes) of each line; (None, bytes) of one that is torn, or damaged."""
     path = Path(path)
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            yield json.loads(line) if line.endswith(b"\n") else None, line
+        except ValueError:
+            yield None, line
 
 
 def cut(path, start: int):
-    """Drop the lines of steps >= start, and all behind them: an uninterrupted run has not written them yet."""
-    kept = 0
-    if not Path(path).exists():
-        return
-    with open(path, "rb+") as file:
-        for line in file:
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] >= start:
-                    break
-            except (ValueError, KeyError, TypeError):  # torn when the machine stopped
-                break
-            kept += len(line)
-        file.truncate(kept)
+    """Drop the lines of steps above `start` (0: all): an uninterrupted run has not written them yet. And torn or damaged ones."""
+    path, lines = Path(path), [(found["step"] if _is_line(found) else None, line) for found, line in _lines(path)]
+    kept = [line for step, line in lines if step is not None and step <= (start or -1)]
+    if start and (damaged := sum(step is None for step, _ in lines[:-1])):  # the last may have been torn as the machine stopped
+        say(f"WARNING: {damaged} lines of {path} are damaged and were dropped")
+    if len(kept) < len(lines):
+        _replace(path, b"".join(kept))
+
+
+def _is_line(found) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("step"), int)
 
 
 class Log:
-    """The growing files of a run, from step `start` on, and its line on the terminal."""
+    """The growing files of a run that `start` steps were done of, and its line on the terminal."""
 
     def __init__(self, workdir, *, start: int, stop: int, config: dict, sinks=()):
         self.stop, self.sinks, self.printed = stop, [], -math.inf
@@ -135,26 +153,26 @@ class Log:
         if self.live:
             self.live.start()
 
-    def write(self, i: int, values: dict, samples=()):
-        """One line of metrics, and one a sample. `values` are Python numbers."""
+    def write(self, done: int, values: dict, samples=()):
+        """One line of metrics, and one a sample, behind `done` steps. `values` are Python numbers."""
         if not self.on:
             return
         for sample in samples:
-            self.samples.write(json.dumps(_strict({"step": i, **sample}), ensure_ascii=False) + "\n")
-        self.metrics.write(json.dumps(_strict({"step": i, **values})) + "\n")
+            self.samples.write(json.dumps(_strict({"step": done, **sample}), ensure_ascii=False) + "\n")
+        self.metrics.write(json.dumps(_strict({"step": done, **values})) + "\n")
         for sink, _ in self.sinks:
-            sink(i, values)
-        self._show(i, values)
+            sink(done, values)
+        self._show(done, values)
 
-    def _show(self, i: int, values: dict):
+    def _show(self, done: int, values: dict):
         now = time.monotonic()
-        self.recent.append((i, now))
+        self.recent.append((done, now))
         self.newest |= values
         known = [f"  {label} {short(self.newest[name])}" for name, label in HEADLINE.items() if name in self.newest]
-        line = f"step {i + 1}/{self.stop}{''.join(known)}"
-        (first, then), left = self.recent[0], self.stop - 1 - i
-        if left and i > first:
-            line += f"  {duration((now - then) / (i - first) * left)} left"
+        line = f"step {done}/{self.stop}{''.join(known)}"
+        (first, then), left = self.recent[0], self.stop - done
+        if left and done > first:
+            line += f"  {duration((now - then) / (done - first) * left)} left"
         if self.live and (now - self.printed >= LIVE_EVERY or not left):
             self.printed = now
             self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
@@ -197,7 +215,7 @@ def tensorboard(workdir: Path, start: int, config: dict):
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError("sink 'tensorboard' needs tensorboardX: pip install tensorboardX") from error
-    writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+    writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else 0)
 
     def write(i, values):
         for name, value in values.items():

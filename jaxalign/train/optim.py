@@ -49,7 +49,7 @@ def adam(
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Adam(W). `steps` counts updates. Weight decay, decoupled, touches kernels only: no norm, bias or embedding.
+    """Adam(W). `steps` counts updates. Weight decay, decoupled, touches kernels and LoRA only: no norm, bias or embedding.
 
     Args: eps_placement: "pytorch" (optax's too) or "tensorflow"; clip_norm: bound of the global gradient norm, 0 for none.
     """
@@ -58,7 +58,8 @@ def adam(
         raise ValueError(f"optim.eps_placement = {eps_placement!r}; there are {', '.join(scalers)}")
 
     def kernels(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) == "kernel", params)
+        decayed = ("kernel", "lora_a", "lora_b")
+        return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) in decayed, params)
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),

@@ -5,7 +5,7 @@ import math
 from html import escape
 from pathlib import Path
 
-from jaxalign.train.log import duration, flat, read_lines, short
+from jaxalign.train.log import duration, flat, read_json, read_lines, short
 
 CHARTS = (  # title, metrics; those that a run has not are left out, those not named here are drawn further down, one a chart
     ("Loss", ("loss/total",)),
@@ -14,6 +14,10 @@ CHARTS = (  # title, metrics; those that a run has not are left out, those not n
     ("Gold reward, a held-out response", ("gold/held_out",)),
     ("KL from the reference, nats a response", ("policy/kl", "policy/kl_k2", "policy/kl_k3", "kl/held_out")),
     ("Accuracy, of pairs", ("reward/accuracy", "accuracy/held_out")),
+    (
+        "Log-probability, nats a response",
+        ("policy/logp_chosen", "policy/logp_rejected", "logp_chosen/held_out", "logp_rejected/held_out"),
+    ),
     ("Entropy, nats a token", ("policy/entropy",)),
     ("Response length, tokens", ("policy/length",)),
     ("Share of responses that end with EOS", ("policy/eos_rate",)),
@@ -62,15 +66,21 @@ pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospac
 
 
 def write(workdir) -> Path:
-    """Make workdir/report.html from the files of a run, finished or not: metrics, summary, config, samples. -> its path"""
+    """Make workdir/report.html from the files of a run, finished or not: metrics, summary, config, samples. -> its path
+
+    figures.json, where it is there, is {title: {"x": what is across, "curves": {name: [[x, y], ...]}}}.
+    """
     workdir = Path(workdir)
     lines, samples = read_lines(workdir / "metrics.jsonl"), read_lines(workdir / "samples.jsonl")
-    summary, config = (_read(workdir / name) for name in ("summary.json", "config.json"))
+    summary, config, figures = (read_json(workdir / f"{name}.json") for name in ("summary", "config", "figures"))
     shown, folded = _charts(lines)
     parts = [f"<h1>{escape(workdir.resolve().name)}</h1>", f'<p class="about">{_about(lines)}</p>']
     if summary:
         rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(_text(v))}</td></tr>" for k, v in flat(summary).items())
         parts.append(f'<h2>Result</h2><div class="card result"><table>{rows}</table></div>')
+    if figures:
+        drawn = "".join(chart(title, figure["curves"], figure["x"]) for title, figure in figures.items())
+        parts.append(f'<h2>Figures</h2><div class="grid">{drawn}</div>')
     if shown:
         parts.append(f'<h2>Curves</h2><div class="grid">{"".join(shown)}</div>')
     if folded:
@@ -88,15 +98,11 @@ def write(workdir) -> Path:
     return workdir / "report.html"
 
 
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def _about(lines: list[dict]) -> str:
     if not lines:
         return "No step was logged."
     last = lines[-1]
-    said = f"{last['step'] + 1:,} steps" + (f" in {duration(last['time/elapsed_s'])}" if "time/elapsed_s" in last else "")
+    said = f"{last['step']:,} steps" + (f" in {duration(last['time/elapsed_s'])}" if "time/elapsed_s" in last else "")
     return said + (f". Bold curves are running means of {len(lines) // 30} points." if len(lines) >= SMOOTH else "")
 
 
@@ -126,11 +132,11 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(title: str, curves: dict[str, list]) -> str:
-    """A figure of curves {name: [(x, y), ...]}: axes with ticks, the last value of each written beside it."""
+def chart(title: str, curves: dict[str, list], across: str = "step") -> str:
+    """A figure of curves {name: [(x, y), ...]}: axes with ticks, the last value of each written beside it; steps are whole."""
     xs, ys = ([point[k] for points in curves.values() for point in points] for k in (0, 1))
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    x1, margin = max(x1, x0 + 1), (y1 - y0) * 0.06 or abs(y1) * 0.1 or 1.0
+    x1, margin = max(x1, x0 + 1) if across == "step" or x0 == x1 else x1, (y1 - y0) * 0.06 or abs(y1) * 0.1 or 1.0
     y0, y1 = y0 - margin, y1 + margin
 
     def at(x, y):
@@ -143,10 +149,11 @@ def chart(title: str, curves: dict[str, list]) -> str:
         svg.append(f'<line class="grid-line" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{row:.1f}" y2="{row:.1f}"/>')
         svg.append(f'<text x="{LEFT - 6}" y="{row + 4:.1f}" text-anchor="end">{short(round(y, 12))}</text>')
     for x in ticks(x0, x1, 6):
-        if x == int(x):
+        if x == int(x) or across != "step":
             column, _ = at(x, y0)
-            svg.append(f'<text x="{column:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{short(int(x))}</text>')
-    svg.append(f'<text x="{WIDTH - RIGHT + 8}" y="{HEIGHT - 6}">step</text>')
+            label = short(int(x) if x == int(x) else round(x, 12))
+            svg.append(f'<text x="{column:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{label}</text>')
+    svg.append(f'<text x="{WIDTH - RIGHT + 8}" y="{HEIGHT - 6}">{escape(across)}</text>')
     labels = []
     for k, (name, points) in enumerate(curves.items()):
         colour, mean = f"var(--c{k % 4})", running_mean(points)
