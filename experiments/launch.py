@@ -1,30 +1,48 @@
-"""How a run starts, what runs before it, and what it leaves: flags, stages, files."""
+"""How a run starts, what runs before it, and what it leaves: flags, stages, files.
 
+Exit codes of every program:
+
+    0          done
+    1          a mistake that its user can mend, said in a paragraph; or a fault of the program, with a traceback
+    70         stuck (train.watch)
+    75, 134    another process of the run has ended (train.watch)
+    130, 143   SIGINT, SIGTERM: saved where there is something to save, and the same command goes on
+"""
+
+import fcntl
 import json
+import os
 import re
 import runpy
+import socket
 import sys
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
+from experiments.settings import check
 from jaxalign import shard
-from jaxalign.models import checkpoints
-from jaxalign.train import log, report
+from jaxalign.models import adapters, checkpoints, files, peft
+from jaxalign.train import checkpoint, log, report
 
 ARCHITECTURE = "architecture.json"  # of a run's folder, for reading its checkpoints
+MADE_FROM = "made_from.json"  # of a stage's folder: what the stages before it came to
 HOW = ("mesh", "loop")  # settings that change how a stage is made, not what comes out
 
 
 def main(run, name: str, *, folder: bool = True):
-    """Parse the flags and call run(config, workdir), or run(config) where the run leaves no folder.
+    """Parse the flags, check the settings, and call run(config, workdir), or run(config) where the run leaves no folder.
 
-    What a user can mend ends in a paragraph, not in a traceback.
+    What a user can mend ends in a paragraph, not in a traceback. One process at a time writes in a workdir.
     """
 
     def start(arguments):
@@ -34,7 +52,12 @@ def main(run, name: str, *, folder: bool = True):
         given = flags.FLAGS
         try:
             _join(given.distributed)
-            run(given.config, *([Path(given.workdir)] if folder else []))
+            check(given.config)
+            if folder:
+                with writing(given.workdir) as workdir:
+                    run(given.config, workdir)
+            else:
+                run(given.config)
         except KeyboardInterrupt:
             print("stopped; the same command goes on from what is done", file=sys.stderr)
             sys.exit(130)
@@ -49,7 +72,13 @@ def main(run, name: str, *, folder: bool = True):
 def _parse(name: str, folder: bool, arguments):
     """Define and read the flags. A mistake ends in a paragraph that leads to the right one."""
     default = f"configs/{name}.py"
-    given = next((x.split("=", 1)[1] for x in arguments if x.startswith("--config=")), default)
+    given = [x.lstrip("-").partition("=") for x in arguments[1:] if x.startswith("-")]
+    twice = [flag for flag, times in Counter(flag for flag, _, _ in given).items() if times > 1]
+    if twice:
+        sys.exit(f"--{twice[0]} is given twice: {' and '.join(value for flag, _, value in given if flag == twice[0])}")
+    if ("config", "", "") in given:
+        sys.exit(f"--config wants its file behind a '=': --config={default}")
+    given = next((value for flag, _, value in given if flag == "config"), default)
     path, _, variant = given.partition(":")
     if not Path(path).is_file():
         known = ", ".join(str(x) for x in sorted(Path("configs").glob("[a-z]*.py"))) or "none here; run from the repository's root"
@@ -79,12 +108,62 @@ def _parse(name: str, folder: bool, arguments):
 
 def _join(place: str):
     """Become one of several processes: "" for none, "auto", or ADDRESS:PORT/PROCESSES/NUMBER."""
+    heard = {"heartbeat_timeout_seconds": 30}  # from a process that is gone; the others then end, too
     if place == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(**heard)
     elif found := re.fullmatch(r"(.+:\d+)/(\d+)/(\d+)", place):
-        jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
+        jax.distributed.initialize(found[1], int(found[2]), int(found[3]), **heard)
     elif place:
         raise ValueError(f"--distributed={place}: it is 'auto' or ADDRESS:PORT/PROCESSES/NUMBER, such as 10.0.0.1:8476/4/0")
+
+
+@contextmanager
+def writing(folder: str | Path):
+    """Yields the folder, made where it is not there, in which nobody else writes until the context ends, or the process.
+
+    Raises OSError where there can be no such folder, or another process, also one on another machine, writes in it.
+    """
+    folder, lock, refused = _local(folder), None, ""
+    if jax.process_index() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below). It stays: who deletes a lock lets two in
+            refused = _locked(folder, lock)
+        except OSError as error:
+            refused = f"{folder} cannot be the folder of a run: {error.strerror}. Give another one"
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(bool(refused))):
+        refused = refused or f"{folder} was refused to process 0, which says why"
+    try:
+        if refused:
+            raise OSError(refused)
+        yield folder
+    finally:
+        if lock:
+            lock.close()
+
+
+def _local(path: str | Path) -> Path:
+    if re.match(r"\w{2,}:/", str(path)):
+        raise OSError(
+            f"{path} is not on this machine. Give a local path and copy it there in the end, or mount the bucket (gcsfuse)"
+        )
+    return Path(path)
+
+
+def _locked(folder: Path, lock) -> str:
+    """Take the lock, which the system lets go of when the process ends, and write down who has it. -> why that cannot be, or "" """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        return f"{lock.read() or 'another process'} is writing in {folder}: wait for its end, stop it, or give another folder"
+    except OSError as error:  # some network file systems have no locks
+        log.say(f"WARNING: {folder} cannot be locked ({error.strerror}): see to it that nothing else writes there")
+        return ""
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return ""
 
 
 class Stages(NamedTuple):
@@ -107,12 +186,14 @@ class Stages(NamedTuple):
         shard.together(f"before stage {name}")
         self._check(name)
         folder, settings = self.root / name, self.settings[name].copy_and_resolve_references()
-        if (folder / "summary.json").exists():
+        made_from = folder / MADE_FROM
+        if (folder / "summary.json").exists() and (made_from.exists() or not self._made_from(log.plain(settings))):
             log.say(f"stage {name}: reusing {folder}")
         else:
             log.say(f"stage {name}: making {folder}")
-            self.runs[name](settings, folder, self)
-            log.write_json(folder / "made_from.json", self._made_from(log.plain(settings)))
+            with writing(folder):
+                self.runs[name](settings, folder, self)
+                log.write_json(made_from, self._made_from(log.plain(settings)))
         shard.together(f"after stage {name}")
         return str(folder)
 
@@ -124,8 +205,11 @@ class Stages(NamedTuple):
             self._check(before)
         if not (folder / "summary.json").exists():
             return
-        then, now = ({key: x for key, x in kept.items() if key not in HOW} for kept in (_read(folder / "config.json"), settings))
-        if changed := log.difference(then, now) + log.difference(_read(folder / "made_from.json"), made_from):
+        then, now = log.read_json(folder / "config.json"), settings
+        then, now = ({key: x for key, x in kept.items() if key not in HOW} for kept in (then, now))
+        kept = folder / MADE_FROM  # absent: it will be made on from there
+        kept = log.read_json(kept) if kept.exists() else made_from
+        if changed := log.difference(then, now) + log.difference(kept, made_from):
             raise ValueError(
                 f"stage {name} in {folder} was made otherwise: {'; '.join(changed)}. "
                 f"Delete that folder to make it again, or choose another --workdir."
@@ -134,33 +218,46 @@ class Stages(NamedTuple):
     def _made_from(self, settings: dict) -> dict:
         """{stage: its summary but for the seconds} of the stages that these settings read."""
         names = sorted(set(re.findall(r'"stage:(\w+)"', json.dumps(settings))) & set(self.settings))
-        summaries = {name: _read(self.root / name / "summary.json") for name in names}
+        summaries = {name: log.read_json(self.root / name / "summary.json") for name in names}
         return {name: {key: x for key, x in found.items() if key != "seconds"} for name, found in summaries.items()}
 
     def seconds(self) -> float:
         """What the stages that are there took together."""
         made = [self.root / name / "summary.json" for name in self.settings]
-        return sum(_read(path)["seconds"] for path in made if path.exists())
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+        return sum(log.read_json(path)["seconds"] for path in made if path.exists())
 
 
 def begin(workdir: Path, loaded):
-    """Leave what a run's checkpoints need to be read without its config: the architecture and the tokenizer."""
+    """Leave what a run's checkpoints need to be read without its config: the architecture and the tokenizer.
+
+    Those of a run that is there stay: if this is another one, the loop will refuse it, and nothing may be lost by that.
+    """
+    if checkpoint.steps(workdir / "checkpoints"):
+        return
     workdir.mkdir(parents=True, exist_ok=True)
-    log.write_json(workdir / ARCHITECTURE, asdict(loaded.model.config))
+    log.write_json(workdir / ARCHITECTURE, asdict(loaded.model.config) | ({"base": loaded.base} if loaded.base else {}))
     if jax.process_index() == 0:
         loaded.tokenizer.save_pretrained(workdir / "tokenizer")
+        files.seal(workdir / "tokenizer")
 
 
-def append(path: Path, rows: list[dict]):
-    """More rows of a .jsonl file, from process 0."""
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+@contextmanager
+def replacing(path: str | Path):
+    """Yields write(row): the rows of a .jsonl file, from process 0, which takes the place of `path` if the context ends well."""
+    if jax.process_index() != 0:
+        yield lambda row: None
+        return
+    path = _local(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with open(new, "w", encoding="utf-8") as file:
+            yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def looped(workdir: Path) -> float:
@@ -169,12 +266,22 @@ def looped(workdir: Path) -> float:
 
 
 def finish(workdir: Path, loaded, params, summary: dict):
-    """Leave the model, the summary and the report of a run that has ended."""
+    """Leave the model, the summary and the report of a run that has ended.
+
+    An adapter is merged into the model. It stands beside in PEFT's format, too, where that has a name for it, and alone where no
+    plain model can hold it.
+    """
     summary = {name: float(x) for name, x in summary.items()}
-    checkpoints.export(workdir / "model", loaded.model.config, params, tokenizer=loaded.tokenizer)
+    config, adapter, left = loaded.model.config, loaded.model.config.adapter, "model"
+    if adapter and adapter.kind in peft.TYPES.values():
+        peft.export(workdir / "adapter", config, params, base=loaded.base["source"])
+        left = "adapter"
+    if not (adapter and adapter.virtual):
+        checkpoints.export(workdir / "model", *adapters.merge(config, params), tokenizer=loaded.tokenizer)
+        left = "model"
     log.write_json(workdir / "summary.json", summary)
     if jax.process_index() == 0:
         report.write(workdir)
     shard.together("finished")
     log.say(json.dumps(summary, indent=2))
-    log.say(f"model in {workdir / 'model'}, report in {workdir / 'report.html'}")
+    log.say(f"{left} in {workdir / left}, report in {workdir / 'report.html'}")

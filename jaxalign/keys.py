@@ -8,9 +8,11 @@ ROLES = ("init", "sample", "shuffle", "evaluate", "compare", "annotate")
 
 
 def key(seed: int, role: str, *counters):
-    """The key of one role (ROLES) at, say, one step. ValueError for a role that is not on the list."""
+    """The key of one role (ROLES) at, say, one step. ValueError for a role that is not on the list, a seed beyond 32 bits."""
     if role not in ROLES:
         raise ValueError(f"role {role!r}; there are {', '.join(ROLES)}")
+    if isinstance(seed, int) and not 0 <= seed < 2**32:  # JAX would take its last 32 bits, and so the key of another seed
+        raise ValueError(f"seed = {seed}: it is a whole number from 0 to {2**32 - 1}")
     made = jax.random.fold_in(jax.random.key(seed), ROLES.index(role))
     for counter in counters:
         made = jax.random.fold_in(made, counter)

@@ -1,4 +1,4 @@
-"""Imports flow one way, libraries stay in their rooms, and nothing runs code that it was given."""
+"""Imports flow one way, and libraries stay in their rooms."""
 
 import ast
 from pathlib import Path
@@ -26,7 +26,7 @@ ROOMS = [  # of jaxalign; each may import those before it, and itself
         "rewards",
         "rollout",
     ),
-    *("prompts", "data", "train.checkpoint", "train.log", "train.report", "train.loop", "feedback", "evaluation"),
+    *("prompts", "data", "train.checkpoint", "train.log", "train.report", "train.watch", "train.loop", "feedback", "evaluation"),
     *("oracle", "contract"),
 ]
 ONLY_IN = {  # a library: where it may be imported
@@ -38,9 +38,7 @@ ONLY_IN = {  # a library: where it may be imported
     "experiments": ("experiments",),
     "configs": ("configs",),
 }
-NOWHERE = ("flax.nnx", "torch", "pickle", "dill", "cloudpickle", "marshal", "shelve")
-CALLS = ("eval", "exec", "yaml.load", "os.system")
-SWITCHES = ("shell", "trust_remote_code", "allow_pickle")
+NOWHERE = ("flax.nnx", "torch")  # what may run a stranger's code: tests/test_security.py
 
 
 def inside(module, places) -> bool:
@@ -84,15 +82,7 @@ def faults(module, source) -> list[str]:
             found.append(f"{module} imports {target}, which comes after it")
         if module == "jaxalign.train.step" and inside(target, ["jaxalign.objectives"]):
             found.append(f"{module} imports {target}: a step knows no objective")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            found += [f"calls {call}" for call in CALLS if ast.unparse(node.func) == call]
-            found += [f"{k.arg}=True" for k in node.keywords if k.arg in SWITCHES and not _is_false(k.value)]
     return found
-
-
-def _is_false(value):
-    return isinstance(value, ast.Constant) and value.value is False
 
 
 @pytest.mark.parametrize("module", list(FILES))
@@ -118,11 +108,6 @@ def test_a_module_stays_in_its_room(module):
         ("jaxalign.types", "import experiments.common"),
         ("configs.ppo", "from jaxalign import types"),
         ("experiments.ppo", "import torch"),
-        ("experiments.ppo", "import pickle"),
-        ("experiments.ppo", "x = eval('1')"),
-        ("jaxalign.data.sources", "yaml.load(f)"),
-        ("jaxalign.data.sources", "subprocess.run(x, shell=True)"),
-        ("jaxalign.data.sources", "load(x, trust_remote_code=flag)"),
     ],
 )
 def test_what_leaves_its_room_is_seen(module, source):

@@ -64,7 +64,7 @@ def test_flags_change_single_settings(parse):
     "arguments, says",
     [
         (["--config=configs/pop.py"], ["no file configs/pop.py", "configs/ppo.py", "configs/sft.py"]),
-        (["--config=configs/ppo.py:tidy"], ["no variant 'tidy'", "reviews, tiny, smollm2"]),
+        (["--config=configs/ppo.py:tidy"], ["no variant 'tidy'", "reviews, tiny, t5, smollm2"]),
         (["--config.run.iteration=3"], ["iteration", "Did you mean", "iterations", "configs/ppo.py"]),
         (["--config.optim.learning_rate=fast"], ["--config.optim.learning_rate=fast", "could not convert string to float"]),
         (["--config.run.iterations=2.5"], ["--config.run.iterations=2.5", "int()"]),
@@ -138,7 +138,7 @@ def staged(tmp_path):
         def run(config, folder, stages):
             stages.path(config.source)
             ran.append(name)
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             log.write_json(folder / "config.json", log.plain(config))
             log.write_json(folder / "summary.json", {"written": len(name) * config.words, "seconds": len(ran)})
 
@@ -189,6 +189,22 @@ def test_a_stage_that_is_made_again_alike_changes_nothing(staged, tmp_path):
     summary = tmp_path / "notes" / "summary.json"
     summary.write_text(summary.read_text().replace('"seconds": 2', '"seconds": 9'))
     assert make() == [] and stages.seconds() == 1 + 9 + 3
+
+
+def test_a_stage_that_was_stopped_at_its_very_end_is_made_on(staged, tmp_path):
+    """Between its summary and the note of what it was made from, which would else be missed for ever."""
+    _, make = staged
+    make()
+    (tmp_path / "book" / launch.MADE_FROM).unlink()
+    assert make() == ["book"] and make() == []
+
+
+def test_a_file_of_a_stage_that_cannot_be_read_is_named(staged, tmp_path):
+    _, make = staged
+    make()
+    (tmp_path / "draft" / "config.json").write_text('{"sour')
+    with pytest.raises(ValueError, match=r"draft/config\.json is not JSON .*Make what is in its folder again"):
+        make()
 
 
 def test_a_source_is_a_path_or_a_stage_that_exists(tmp_path):

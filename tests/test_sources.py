@@ -6,6 +6,7 @@ import json
 import datasets
 import pytest
 
+from jaxalign.data import sources
 from jaxalign.data.sources import read, require
 
 
@@ -57,7 +58,14 @@ GOOD = b'{"a": 1}\n'
         ("x.jsonl", GOOD + b'{"a": "\xe9"}\n', "x.jsonl, line 2: byte 0xe9 at column 8 is not UTF-8"),
         ("x.jsonl", '{"a": 1}'.encode("utf-16"), "x.jsonl, line 1: byte 0xff at column 1 is not UTF-8"),
         ("x.jsonl", GOOD + b'{"a": "\\ud83d"}\n', "x.jsonl, line 2: .*half of a pair"),
-        ("x.jsonl", GOOD + b'{"a": ' + b"9" * 5000 + b"}\n", "x.jsonl, line 2: not JSON"),
+        ("x.jsonl", GOOD + b'{"a": ' + b"9" * 5000 + b"}\n", "x.jsonl, line 2: .*value has 5000 digits"),
+        ("x.jsonl", GOOD + b'{"a": NaN}\n', "x.jsonl, line 2: not JSON: NaN is no number of JSON"),
+        ("x.jsonl", GOOD + b'{"a": [-Infinity]}\n', "x.jsonl, line 2: not JSON: -Infinity is no number"),
+        ("x.jsonl", GOOD + b'{"a": 1e999}\n', "x.jsonl, line 2: the number 1e999 is larger than any float"),
+        ("x.jsonl", GOOD + b'{"a": {"b": 1, "c": 2, "b": 3}}\n', "x.jsonl, line 2: the name 'b' is twice in one object"),
+        ("x.jsonl", GOOD + b"\0\0\0\n" + GOOD, "x.jsonl, line 2: not JSON: .*; it holds NUL bytes: was the machine stopped"),
+        ("x.jsonl", GOOD + b"[" * 10**5 + b"\n", "x.jsonl, line 2: lists or objects nested too deep"),
+        ("x.json", b'[{"a": 1},\n {"a": }]', "x.json: not JSON: Expecting value at line 2 column 8"),
         ("x.json", GOOD + GOOD, "x.json: not JSON: .*is named .jsonl"),
         ("x.json", GOOD, "x.json: a .json file of data holds one list of objects, this one a dict"),
         ("x.json", b'[{"a": 1}, 2]', "x.json, row 1: a row is an object"),
@@ -69,6 +77,23 @@ GOOD = b'{"a": 1}\n'
 def test_bad_files_are_refused_with_file_and_line(tmp_path, name, data, says):
     with pytest.raises(ValueError, match=says):
         read(written(tmp_path, name, data))
+
+
+def test_a_line_that_no_row_has_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST", 100)
+    with pytest.raises(ValueError, match="x.jsonl, line 2: 111 bytes in one line; a .jsonl file has one object a line"):
+        read(written(tmp_path, "x.jsonl", GOOD + b'{"a": "' + b"b" * 102 + b'"}\n'))
+
+
+@pytest.mark.parametrize("source", ["gs://bucket/x.jsonl", "https://host/x.jsonl"])
+def test_what_lies_elsewhere_is_not_looked_for_here(source):
+    with pytest.raises(ValueError, match=f"{source} is not on this machine, and only hub:owner/name is read from afar: copy"):
+        read(source)
+
+
+def test_a_home_that_nobody_has_is_a_missing_file():
+    with pytest.raises(FileNotFoundError, match="~nobody-has-this-name/x.jsonl: no such file"):
+        read("~nobody-has-this-name/x.jsonl")
 
 
 def test_a_missing_file_suggests_near_names(tmp_path):
@@ -114,6 +139,19 @@ def test_require_names_the_row_and_the_columns_it_has():
         require(rows, ["prompt", "answer"], "x.jsonl")
     with pytest.raises(ValueError, match="x.jsonl, row 0: column 'response' is missing"):
         require(rows, ["response"], "x.jsonl")
+
+
+@pytest.mark.parametrize("value", ["0.5", True, float("nan"), 10**400, [1]], ids=["text", "bool", "NaN", "huge", "list"])
+def test_a_column_of_numbers_has_finite_ones(value):
+    rows = [{"token": "a", "valence": 1}, {"token": "b", "valence": value}]
+    with pytest.raises(ValueError, match="x.jsonl, row 1: column 'valence' is .*, not a finite number"):
+        require(rows, ("token", "valence"), "x.jsonl", numbers=("valence",))
+    require(rows[:1], ("token", "valence"), "x.jsonl", numbers=("valence",))
+
+
+def test_an_error_shows_columns_in_one_line_and_not_all_of_many():
+    with pytest.raises(ValueError, match=r"columns are: two\\nlines, c0, .*c18 and 11 more$"):
+        require([{"two\nlines": 1} | {f"c{n}": 1 for n in range(30)}], ("a",), "x.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def test_a_target_that_nothing_predicts_is_none():
     with pytest.raises(ValueError, match="1 have no target"):
         collect([document(5)], lambda made: made, length=10, source="x")
     assert collect([document(5)], lambda made: made, length=10, source="x", targets=False).counts["kept"] == 1
+    with pytest.raises(ValueError, match="^x: the prompts of all 2 rows are empty$"):
+        collect([document()] * 2, lambda made: made, length=10, source="x", targets=False)
 
 
 def test_pairs_that_prefer_nothing_are_dropped():

@@ -189,8 +189,8 @@ def test_fill_takes_columns_and_indices():
         ("{targets[5]}", r"there is no \[5\]"),
         ("{targets[text]}", r"there is no \[text\]"),
         ("{q[0]}", r"there is no \[0\]"),
-        ("{targets}", r"no text but a list, .*; \{targets\[0\]\} is its first"),
-        ("{none}", "no text but a NoneType"),
+        ("{targets}", r"no text but a list of 1; \{targets\[0\]\} is its first"),
+        ("{none}", "no text but None"),
         ("{q", "template '{q': "),
     ],
 )

@@ -98,6 +98,15 @@ def openings(count: int, *, seed: int) -> list[str]:
     return [one() for _ in range(count)]
 
 
+def cut(text: str) -> dict:
+    """A review in two, for models that read the one and write the other: {"opening": up to the first verb, "rest"}.
+
+    Where its sentences have no "was" or "were", the opening is the first of them; an opening alone is all opening.
+    """
+    opening, rest = re.fullmatch(r"(.*?\b(?:was|were)\b|.*? \.|.*)(.*)", text).groups()
+    return {"opening": opening, "rest": rest}
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word: every word that the world can write."""
     words = {word for text in reviews(4000, seed=0) + openings(400, seed=0) for word in text.split()} | set(VALENCES)

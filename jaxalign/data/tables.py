@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxalign.data.text import Document, fit
+from jaxalign.objectives.reward import Judged, Ranked, Rated
 from jaxalign.types import Batch, Pairs
 
 
@@ -23,7 +24,10 @@ class Table(NamedTuple):
     counts: dict  # rows, kept, cut (made shorter), without_target, equal; tokens and targets, of what was kept
 
 
-def collect(rows, make, *, length: int, source: str, keep: str = "start", targets: bool = True) -> Table:
+LOOKS = 64  # rows that `pack` looks at for room on both sides
+
+
+def collect(rows, make, *, length: int, source: str, keep: str = "start", targets: bool = True, source_length: int = 0) -> Table:
     """The documents of a data set, each made shorter where it is longer than `length` tokens (text.fit).
 
     A row is dropped, and counted, where a document has no target left, or where two of its documents are equal (a pair that
@@ -31,6 +35,8 @@ def collect(rows, make, *, length: int, source: str, keep: str = "start", target
     Args:
         make: (row) -> Document, or a tuple of them: chosen and rejected, or K responses.
         targets: False for prompts, which have none; only an empty one is dropped.
+        source: the name of the data set, for messages.
+        source_length: tokens of what an encoder reads, which has nothing to do with `source`; 0: `length`.
     Raises ValueError where nothing is left, and what `make` raises, with source and row.
     """
     documents, numbers = [], []
@@ -41,12 +47,14 @@ def collect(rows, make, *, length: int, source: str, keep: str = "start", target
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
         whole = [made] if isinstance(made, Document) else list(made)
-        parts = [fit(document, length, keep=keep) for document in whole]
+        parts = [fit(document, length, keep=keep, source_length=source_length) for document in whole]
+        if source_length and any(part.source is None for part in parts):
+            raise ValueError(f"source_length = {source_length}, but these documents have no source: it is for encoder-decoders")
         counts["rows"] += 1
-        counts["cut"] += any(len(a.tokens) < len(b.tokens) for a, b in zip(parts, whole, strict=True))
+        counts["cut"] += any(len(a.ids) < len(b.ids) for a, b in zip(parts, whole, strict=True))
         if not all((part.weights[1:] > 0).any() if targets else len(part.tokens) for part in parts):
             counts["without_target"] += 1
-        elif len({part.tokens.tobytes() for part in parts}) < len(parts):
+        elif len({part.ids for part in parts}) < len(parts):
             counts["equal"] += 1
         else:
             counts["kept"] += 1
@@ -55,6 +63,8 @@ def collect(rows, make, *, length: int, source: str, keep: str = "start", target
             documents.append(parts[0] if isinstance(made, Document) else tuple(parts))
             numbers.append(number)
     if not documents:
+        if not targets:
+            raise ValueError(f"{source}: the prompts of all {counts['rows']} rows are empty")
         raise ValueError(
             f"{source}: nothing to learn from is left of {counts['rows']} rows: {counts['without_target']} have no target within "
             f"{length} tokens, {counts['equal']} prefer nothing; allow more tokens, keep the other end, or look at what is learnt"
@@ -85,14 +95,15 @@ def _permutation(size, seed, epoch):
     return np.argsort(bits, kind="stable")
 
 
-def pad(documents: list[Document], length: int, *, side: str = "right", pad_id: int = 0) -> Batch:
+def pad(documents: list[Document], length: int, *, side: str = "right", pad_id: int = 0, source_length: int = 0) -> Batch:
     """One document a row, padded on one side ("left": prompts to sample from). Padding is where segments are 0, whatever pad_id is.
 
-    Raises ValueError, naming the row, for a document that is empty or longer than `length`.
+    Sources are always padded on the right, to `source_length` (0: `length`). Raises ValueError, naming the row, for a document that
+    is empty or longer than `length`.
     """
     if side not in ("right", "left"):
         raise ValueError(f"side = {side!r}; there are 'right' and 'left'")
-    batch = pack_rows([[document] for document in documents], length, pad_id)
+    batch = pack_rows([[document] for document in documents], length, pad_id, source_length)
     if side == "left":
         for row, document in enumerate(documents):
             for x in (batch.tokens, batch.segments, batch.weights):
@@ -100,46 +111,81 @@ def pad(documents: list[Document], length: int, *, side: str = "right", pad_id: 
     return batch
 
 
-def pack(documents: list[Document], length: int) -> list[list[Document]]:
+def pack(documents: list[Document], length: int, source_length: int = 0) -> list[list[Document]]:
     """Documents put together in rows of at most `length` tokens, each document once and whole. Best fit decreasing, O(n log n).
 
     The longest first, each into the fullest row that has room (Krell et al. 2021 section 3). Rows so come in order of length: let
     `order` shuffle them. Raises ValueError, naming the document, where one is empty or longer than `length`.
+
+    With sources, a row has at most `source_length` (0: `length`) tokens of them too: a document goes into the first row with room
+    for both, of the LOOKS fullest that have room for its tokens.
     """
-    rows, room = [], []  # room: (tokens left, row), sorted
-    for i in sorted(range(len(documents)), key=lambda i: -len(documents[i].tokens)):
-        size = _size(documents[i], length, f"document {i}")
+    most = source_length or length
+    rows, room, source_room = [], [], []  # room: (tokens left, row), sorted; source_room: of each row
+
+    def share(i):
+        return max(len(documents[i].tokens) / length, len(_source(documents[i])) / most)
+
+    for i in sorted(range(len(documents)), key=share, reverse=True):
+        size = _size(documents[i].tokens, length, f"document {i}")
+        source = 0 if documents[i].source is None else _size(documents[i].source, most, f"document {i}, source")
         at = bisect_left(room, (size, -1))
+        at = next((k for k in range(at, min(at + LOOKS, len(room))) if source_room[room[k][1]] >= source), len(room))
         left, row = room.pop(at) if at < len(room) else (length, len(rows))
         if row == len(rows):
             rows.append([])
+            source_room.append(most)
         rows[row].append(documents[i])
+        source_room[row] -= source
         insort(room, (left - size, row))
     return rows
 
 
-def pack_rows(rows: list[list[Document]], length: int, pad_id: int = 0) -> Batch:
-    """Packed rows as a Batch: segments 1..K from left to right, then padding; weight 0 at the first token of each document."""
+def pack_rows(rows: list[list[Document]], length: int, pad_id: int = 0, source_length: int = 0) -> Batch:
+    """Packed rows as a Batch: segments 1..K from left to right, then padding; weight 0 at the first token of each document.
+
+    Sources likewise, in rows of `source_length` (0: `length`); all documents have one, or none has.
+    """
+    tokens, segments = _side([[document.tokens for document in row] for row in rows], length, pad_id, "")
+    weights = np.zeros(tokens.shape, np.float32)
+    for r, row in enumerate(rows):
+        weights[r, segments[r] > 0] = np.concatenate([np.append(0, document.weights[1:]) for document in row] or [[]])
+    have = {document.source is not None for row in rows for document in row}
+    if len(have) > 1:
+        raise ValueError("some of these documents have a source, and some have none")
+    if True not in have:
+        return Batch(tokens, segments, weights)
+    sources = _side([[document.source for document in row] for row in rows], source_length or length, pad_id, ", source")
+    return Batch(tokens, segments, weights, *sources)
+
+
+def _side(rows, length, pad_id, what):
+    """Rows of arrays, one behind the other. -> (tokens, segments), i32 [B,length]"""
     tokens = np.full((len(rows), length), pad_id, np.int32)
-    segments, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
+    segments = np.zeros_like(tokens)
     for r, row in enumerate(rows):
         start = 0
-        for k, document in enumerate(row, 1):
-            end = start + _size(document, length - start, f"row {r}")
-            tokens[r, start:end], segments[r, start:end] = document.tokens, k
-            weights[r, start + 1 : end] = document.weights[1:]
+        for k, part in enumerate(row, 1):
+            end = start + _size(part, length - start, f"row {r}{what}")
+            tokens[r, start:end], segments[r, start:end] = part, k
             start = end
-    return Batch(tokens, segments, weights)
+    return tokens, segments
 
 
-def _size(document, most, what) -> int:
-    size = len(document.tokens)
+def _source(document):
+    return () if document.source is None else document.source
+
+
+def _size(part, most, what) -> int:
+    size = len(part)
     if not 0 < size <= most:
         raise ValueError(f"{what}: a document of {size} tokens, where 1 to {most} fit; `text.fit` makes it shorter")
     return size
 
 
-def pairs(chosen: list[Document], rejected: list[Document], margin, length: int, *, pad_id: int = 0) -> Pairs:
+def pairs(
+    chosen: list[Document], rejected: list[Document], margin, length: int, *, pad_id: int = 0, source_length: int = 0
+) -> Pairs:
     """Pairs, padded on the right. margin: f32 [B], in units of the reward (0: not said). ValueError where the counts differ."""
     margin = np.asarray(margin, np.float32)
     if not (len(chosen) == len(rejected) and margin.shape == (len(chosen),)):
@@ -148,7 +194,49 @@ def pairs(chosen: list[Document], rejected: list[Document], margin, length: int,
         )
     if not np.isfinite(margin).all():
         raise ValueError(f"row {np.argmin(np.isfinite(margin))}: the margin is {margin[np.argmin(np.isfinite(margin))]}")
-    return Pairs(pad(chosen, length, pad_id=pad_id), pad(rejected, length, pad_id=pad_id), margin)
+    sides = [pad(side, length, pad_id=pad_id, source_length=source_length) for side in (chosen, rejected)]
+    return Pairs(*sides, margin)
+
+
+def judged(
+    first: list[Document], second: list[Document], won, tied, length: int, *, pad_id: int = 0, source_length: int = 0
+) -> Judged:
+    """Two responses a row, and shares of votes for the first and for neither, f32 [B]. ValueError where they are no shares."""
+    won, tied = (np.asarray(x, np.float32) for x in (won, tied))
+    wrong = ~((won >= 0) & (tied >= 0) & (won + tied <= 1 + 1e-6))
+    if wrong.any():
+        row = np.argmax(wrong)
+        raise ValueError(f"row {row}: won {won[row]} and tied {tied[row]} are shares of votes, from 0 to 1, together at most 1")
+    return Judged(*(pad(side, length, pad_id=pad_id, source_length=source_length) for side in (first, second)), won, tied)
+
+
+def ranked(
+    responses: list[list[Document]], rank: list[list[int]], most: int, length: int, *, pad_id: int = 0, source_length: int = 0
+) -> Ranked:
+    """Up to `most` responses a row and the rank of each, of which the least is the best. ValueError where the counts differ."""
+    columns, ranks = [[] for _ in range(most)], np.zeros((len(responses), most), np.int32)
+    for row, (documents, order_of) in enumerate(zip(responses, rank, strict=True)):
+        if not len(documents) == len(order_of) <= most:
+            raise ValueError(
+                f"row {row}: {len(documents)} responses and {len(order_of)} ranks, where there are at most {most} of each"
+            )
+        ranks[row, : len(order_of)] = order_of
+        for k, column in enumerate(columns):
+            column.append(list(documents[k : k + 1]))
+    return Ranked(tuple(pack_rows(column, length, pad_id, source_length) for column in columns), ranks)
+
+
+def rated(documents: list[Document], rating, length: int, *, pad_id: int = 0, source_length: int = 0) -> Rated:
+    """Responses, and the number that each should score, f32 [B] in units of the reward."""
+    return Rated(pad(documents, length, pad_id=pad_id, source_length=source_length), np.asarray(rating, np.float32))
+
+
+def prompt_of(document: Document) -> Document:
+    """What stands before the first target, without targets: what its response was asked by. ValueError where nothing does."""
+    end = int(np.argmax(document.weights > 0))
+    if not end:
+        raise ValueError("a document without a target, or without anything before it, has no prompt")
+    return document._replace(tokens=document.tokens[:end], weights=np.zeros_like(document.weights[:end]))
 
 
 def bucket(size: int, multiple: int) -> int:
@@ -176,6 +264,15 @@ def check(batch: Batch, vocab: int, *, targets: bool = True) -> Batch:
     )
     runs = (segments == 0) | (segments == before) | (segments == newest + 1)
     _refuse(~runs, segments, "segment {} does not continue the runs 1, 2, ... before it")
+    if batch.source is not None:
+        try:
+            check(Batch(batch.source, batch.source_segments, np.zeros(np.shape(batch.source), np.float32)), vocab, targets=False)
+        except ValueError as error:
+            raise ValueError(f"source: {error}") from error
+        many = np.stack([x.max(axis=1, initial=0) for x in (segments, np.asarray(batch.source_segments))])
+        if (many[0] != many[1]).any():
+            row = np.argmax(many[0] != many[1])
+            raise ValueError(f"row {row}: {many[0][row]} documents and {many[1][row]} sources; one of each goes together")
     _refuse(~np.isfinite(weights) | (weights < 0), weights, "weight {} is not a finite number >= 0")
     _refuse((weights > 0) & (segments == 0), weights, "weight {} on padding")
     if targets and not ((weights > 0) & (segments == before)).any():
@@ -192,11 +289,15 @@ def _refuse(wrong, values, message):
 def preview(tokenizer, batch: Batch, *, rows: int = 2) -> str:
     """The first rows as text, targets in ⟦brackets⟧ (with *weight behind, where it is not 1): what is trained on."""
     tokens, segments, weights = (np.asarray(x)[:rows] for x in (batch.tokens, batch.segments, batch.targets))
+    source, sources = (None if x is None else np.asarray(x)[:rows] for x in (batch.source, batch.source_segments))
     lines = []
     for r in range(len(tokens)):
         for k in range(1, segments[r].max(initial=0) + 1):
             ids, weight = tokens[r, segments[r] == k], weights[r, segments[r] == k]
             lines.append(f"row {r}, document {k}: {len(ids)} tokens, {(weight > 0).sum()} of them targets")
+            if source is not None:
+                read = source[r, sources[r] == k]
+                lines.append(f"its source, {len(read)} tokens: {_marked(tokenizer, read, np.zeros(len(read)))}")
             lines.append(_marked(tokenizer, ids, weight))
         lines.append(f"row {r}: {(segments[r] == 0).sum()} of {tokens.shape[1]} columns are padding")
     return "\n".join(lines)

@@ -4,12 +4,15 @@ Where a prompt ends and a target begins is settled in the text, and pieces are t
 boundary is exact, and it is never searched for in tokens or in decoded text.
 """
 
+import math
 import re
 from string import Formatter
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
+
+from jaxalign.data import templates
+from jaxalign.data.sources import brief, is_number, names
 
 FIELD = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")  # column[index][index]
 
@@ -19,6 +22,12 @@ class Document(NamedTuple):
 
     tokens: np.ndarray  # i32 [n]
     weights: np.ndarray  # f32 [n]; > 0 where the token is a target
+    source: np.ndarray | None = None  # i32 [m], what an encoder reads; the first token is then the one that decoding starts with
+
+    @property
+    def ids(self) -> bytes:
+        """What tells it from documents of other tokens."""
+        return self.tokens.tobytes() + (b"" if self.source is None else b"|" + self.source.tobytes())
 
 
 def prompt_completion(tokenizer, prompt: str, completion: str, *, eos: bool = True, bos: bool | None = None) -> Document:
@@ -33,6 +42,17 @@ def prompt_completion(tokenizer, prompt: str, completion: str, *, eos: bool = Tr
     Raises ValueError where the tokenizer has no such token.
     """
     return _document(tokenizer, [(prompt, 0.0), (completion, 1.0)], eos=eos, bos=bos)
+
+
+def source_target(tokenizer, source: str, target: str, *, start: int, eos: bool = True) -> Document:
+    """For an encoder-decoder: a source and EOS for the encoder; for the decoder `start` and, as the targets, the target and EOS.
+
+    Each is tokenised by itself, as T5 has it. With target = "" and eos = False it is the prompt to sample from.
+    Args: start: id of the token that decoding starts with. Raises ValueError where the tokenizer has no EOS.
+    """
+    read = _document(tokenizer, [(source, 0.0)], eos=True, bos=None).tokens
+    written = _document(tokenizer, [(target, 1.0)], eos=eos, bos=False).tokens
+    return _behind(start, written, read)
 
 
 def plain(tokenizer, text: str, *, eos: bool = True, bos: bool | None = None) -> Document:
@@ -64,16 +84,11 @@ def chat(tokenizer, messages: list[dict], *, generate: bool = False) -> Document
     if not generate and not turns:
         raise ValueError(f"no turn of the assistant to learn from: the roles are {roles}; generate=True makes a prompt")
 
-    def render(count, generate):
-        try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=generate)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses the roles {roles[:count]}: {error}") from error
-
-    whole = render(len(messages), True) if generate else render(turns[-1] + 1, False)
+    cuts = [(len(messages), True) if generate else (turns[-1] + 1, False)]
+    cuts += [cut for i in turns for cut in ((i, True), (i + 1, False))]
+    whole, *around = templates.render(tokenizer, messages, cuts)
     pieces, done = [], 0
-    for i in turns:
-        before, after = render(i, True), render(i + 1, False)
+    for i, before, after in zip(turns, around[::2], around[1::2], strict=True):
         if not (len(before) >= done and after.startswith(before) and whole.startswith(after)):
             raise ValueError(
                 f"the chat template writes messages 0 to {i} otherwise once more of them follow, so there is no telling where "
@@ -91,10 +106,19 @@ def chat(tokenizer, messages: list[dict], *, generate: bool = False) -> Document
     return _document(tokenizer, pieces, eos=False, bos=False)
 
 
-def fit(document: Document, length: int, *, keep: str = "start") -> Document:
-    """At most `length` tokens: the first ones (keep = "start": EOS goes) or the last ones (keep = "end": BOS goes)."""
+def fit(document: Document, length: int, *, keep: str = "start", source_length: int = 0) -> Document:
+    """At most `length` tokens: the first ones (keep = "start": EOS goes) or the last ones (keep = "end": BOS goes).
+
+    With a source, it is of the source that the first or the last ones are kept, at most `source_length` (0: `length`), the last
+    token among them, which is its EOS; and the first ones of the rest, for there decoding starts.
+    """
     if keep not in ("start", "end"):
         raise ValueError(f"keep = {keep!r}; there are 'start' and 'end'")
+    if document.source is not None:
+        source, most = document.source, source_length or length
+        if len(source) > most:
+            source = np.append(source[: most - 1], source[-1]) if keep == "start" else source[-most:]
+        return document._replace(tokens=document.tokens[:length], weights=document.weights[:length], source=source)
     spare = len(document.tokens) - length
     if spare <= 0:
         return document
@@ -102,36 +126,89 @@ def fit(document: Document, length: int, *, keep: str = "start") -> Document:
     return _headless(document.tokens[kept], document.weights[kept])
 
 
+def fields(template: str) -> list[str]:
+    """What a template takes from a row: ["targets[0]"] of "{targets[0]}". ValueError where a brace has no other."""
+    return [field for _, field, _, _ in _parsed(template) if field is not None]
+
+
 def fill(template: str, row: dict) -> str:
     """A template with the columns of a row: "{question}", "{targets[0]}", "{answers[text][0]}"; "{{" and "}}" are braces.
 
     Columns and indices, nothing else: no attributes, conversions or formats. Raises ValueError where there is no such column or
-    index, and where its value is no string or number, for a list or null inside a text is hardly meant.
+    index, where its value is no string or number, for a list or null inside a text is hardly meant, and where the text cannot be
+    written in UTF-8, for no tokenizer takes it.
     """
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"template {template!r}: {error}") from error
-    return "".join(
+    parts = _parsed(template)
+    whole = "".join(
         text if field is None else text + _value(field, format, conversion, row) for text, field, format, conversion in parts
     )
+    try:
+        whole.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = whole[error.start]
+        raise ValueError(f"template {brief(template)}: {half!r} in the text is half of a pair, and no character") from error
+    return whole
+
+
+def number(template: str, row: dict) -> float:
+    """The finite number of one column, as in "{margin}". ValueError where it is a text, a bool, or too large."""
+    column = fields(template)
+    if len(column) != 1 or template != f"{{{column[0]}}}":
+        raise ValueError(f"template {brief(template)}: a number is one column and nothing around it, such as '{{margin}}'")
+    value = _found(column[0], "", None, row)
+    if not is_number(value):
+        raise ValueError(f"{_named(column[0])} is {brief(value)}, not a finite number")
+    return float(value)
+
+
+def of_ids(prompt: list[int], completion: list[int], *, vocab: int, start: int | None = None) -> Document:
+    """A prompt and the completion that a model wrote, the targets, as the ids that they were. ValueError for what is no such id.
+
+    Args: start: of an encoder-decoder, the token that decoding starts with: the prompt is then the source.
+    """
+    for name, ids in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(ids, list):
+            raise ValueError(f"the ids of the {name} are {brief(ids)}, not a list")
+        for place, token in enumerate(ids):
+            if type(token) is not int or not 0 <= token < vocab:
+                raise ValueError(f"id {place} of the {name} is {brief(token)}, no token of a vocabulary of {vocab}")
+    if start is not None:
+        return _behind(start, completion, prompt)
+    tokens = np.array(prompt + completion, np.int32)
+    return _headless(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float32))
+
+
+def _parsed(template: str) -> list:
+    try:
+        return list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {brief(template)}: {error}; a brace that is meant is written twice") from error
+
+
+def _named(field: str) -> str:
+    return f"'{{{repr(field)[1:-1]}}}' of the template"
 
 
 def _value(field, format, conversion, row) -> str:
+    value = _found(field, format, conversion, row)
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        hint = f"; {{{repr(field)[1:-1]}[0]}} is its first" if isinstance(value, list | tuple) else ""
+        raise ValueError(f"{_named(field)} is no text but {brief(value)}{hint}")
+    return str(value)
+
+
+def _found(field, format, conversion, row):
     path = FIELD.fullmatch(field)
     column, indices = (path[1], path[2].strip("[]").split("][") if path[2] else []) if path else (field, [])
     if format or conversion or column not in row:
-        raise ValueError(f"'{{{field}}}' of the template is not a column; the columns are: {', '.join(row)}")
+        raise ValueError(f"{_named(field)} is not a column; the columns are: {names(row)}")
     value = row[column]
     for index in indices:
         try:
             value = value[int(index)] if isinstance(value, list | tuple) else value[index]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"'{{{field}}}' of the template: there is no [{index}] in {str(value)[:80]!r}") from error
-    if not isinstance(value, str | int | float):
-        hint = f"; {{{field}[0]}} is its first" if isinstance(value, list | tuple) else ""
-        raise ValueError(f"'{{{field}}}' of the template is no text but a {type(value).__name__}, {str(value)[:80]}{hint}")
-    return str(value)
+            raise ValueError(f"{_named(field)}: there is no [{repr(index)[1:-1]}] in {brief(value)}") from error
+    return value
 
 
 def _document(tokenizer, pieces, *, eos, bos) -> Document:
@@ -172,6 +249,11 @@ def _following(tokenizer, before: str, text: str) -> list[int]:
 
 def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _behind(start, target, source) -> Document:
+    tokens = np.array([start, *target], np.int32)
+    return _headless(tokens, np.ones(len(tokens), np.float32))._replace(source=np.array(source, np.int32))
 
 
 def _headless(tokens, weights) -> Document:

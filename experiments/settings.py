@@ -1,0 +1,253 @@
+"""What settings may be: one table, looked at before anything is read, written or trained."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxalign import shard
+from jaxalign.data import text
+from jaxalign.data.sources import LARGEST
+from jaxalign.models.parts import ACTIVATIONS, ADAPTERS, REMAT
+from jaxalign.train import log
+
+
+class Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    says: str  # "it is ..."
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Rule:
+    return Rule(lambda x: type(x) is int and least <= x <= most, f"a whole number from {least} to {most}")
+
+
+def number(holds, says: str, *, endless: bool = False) -> Rule:
+    """A number for which holds(x) is true in float32, where it will be used. endless: it may be inf."""
+
+    def sound(x):
+        known = type(x) in (int, float) and (abs(x) <= LARGEST or (endless and x == math.inf))
+        return known and bool(holds(np.float32(x)))
+
+    return Rule(sound, says)
+
+
+def one_of(*values) -> Rule:
+    return Rule(lambda x: isinstance(x, str) and x in values, f"one of {', '.join(values)}")
+
+
+def maybe(rule: Rule) -> Rule:
+    return Rule(lambda x: x is None or rule.holds(x), f"None, or {rule.says}")
+
+
+def template(least: int, says: str) -> Rule:
+    """Text with at least so many {columns}. ValueError, with the reason, for one that cannot be read."""
+    return Rule(lambda x: TEXT.holds(x) and len(text.fields(x)) >= least, says)
+
+
+def expression(x) -> bool:
+    """Whether it is a regular expression with something in it. ValueError, with the reason, for one that cannot be read."""
+    try:
+        return NAMED.holds(x) and re.compile(x) is not None
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from error
+
+
+POSITIVE = number(lambda x: x > 0, "a number above 0")
+ENDLESS = number(lambda x: x > 0, "a number above 0, or inf", endless=True)
+NOT_NEGATIVE = number(lambda x: x >= 0, "a number from 0")
+SHARE = number(lambda x: 0 <= x <= 1, "a number from 0 to 1")
+BELOW_1 = number(lambda x: 0 <= x < 1, "a number from 0, and below 1 in float32")
+FINITE = number(lambda x: True, "a finite number")
+FLAG = Rule(lambda x: type(x) is bool, "True or False")
+TEXT = Rule(lambda x: isinstance(x, str) and x.encode() is not None, "a text")  # encode: a shell may pass what is no UTF-8
+NAMED = Rule(lambda x: TEXT.holds(x) and x.strip() != "", "a text that is not empty")
+COUNT, ANY_COUNT = whole(1), whole(0)
+AXIS = Rule(lambda x: type(x) is int and (x == -1 or x >= 1), "a number of devices from 1, or -1 for those that are left")
+COLUMN = Rule(lambda x: isinstance(x, str) and x == f"{{{''.join(text.fields(x))}}}" != "{}", "one {column}")
+FREE = template(0, "a text with {columns}")
+FILLED = template(1, "a text with at least one {column} of a row, or every row would be alike")
+
+RULES = {
+    "seed": whole(0, 2**32 - 1),  # a larger one would be cut to its last 32 bits, and be the seed of another run
+    **{f"mesh.{axis}": AXIS for axis in shard.AXES},
+    **{
+        f"{section}.{key}": rule
+        for section in ("model", "reward_model")
+        for key, rule in {
+            "source": NAMED,
+            "tokenizer": TEXT,
+            "dtype": one_of("float32", "bfloat16", "float16"),
+            "remat": one_of(*REMAT),
+        }.items()
+    },
+    "reward_model.doubt": number(lambda x: x >= 0, "a number from 0, or inf", endless=True),
+    "adapter.kind": one_of("none", *ADAPTERS),
+    "adapter.targets": Rule(expression, "a regular expression that is not empty"),
+    **dict.fromkeys(("adapter.rank", "adapter.length", "adapter.layers"), COUNT),
+    "adapter.alpha": POSITIVE,
+    "adapter.rank_stabilised": FLAG,
+    "scratch.tokenizer": NAMED,
+    **{
+        f"scratch.architecture.{size}": COUNT
+        for size in ("width", "layers", "heads", "kv_heads", "head_dim", "mlp", "context", "encoder_layers")
+    },
+    "scratch.architecture.tied": FLAG,
+    "scratch.architecture.gated": FLAG,
+    "scratch.architecture.activation": one_of(*ACTIVATIONS),
+    "data.source": NAMED,
+    "data.count": ANY_COUNT,
+    "data.held_out": COUNT,
+    "data.prompt": FREE,
+    **dict.fromkeys(("data.completion", "data.chosen", "data.rejected", "data.response"), FILLED),
+    **dict.fromkeys(("data.margin", "data.won", "data.tied"), Rule(lambda x: x == "" or COLUMN.holds(x), '"", or one {column}')),
+    "data.margins": one_of("", "small", "large"),
+    **dict.fromkeys(("data.rank", "data.rating"), COLUMN),
+    "data.responses": Rule(lambda x: TEXT.holds(x) and len(text.fields(x)) == 1, "a text with one {column}, of a list"),
+    "data.chat": FLAG,
+    "data.length": whole(2),  # the first token is predicted by nothing
+    "data.source_length": ANY_COUNT,
+    "prompts.source": TEXT,
+    "prompts.count": ANY_COUNT,
+    "prompts.template": FREE,
+    "prompts.chat": FLAG,
+    "prompts.length": COUNT,
+    "prompt": TEXT,
+    "chat": FLAG,
+    "completion": TEXT,
+    "draws": COUNT,
+    "batch": COUNT,
+    "output": TEXT,
+    "sample.length": COUNT,
+    "sample.temperature": NOT_NEGATIVE,
+    "sample.top_k": ANY_COUNT,
+    "sample.top_p": number(lambda x: 0 < x <= 1, "a number above 0, up to 1 for all"),
+    "gold.lexicon": TEXT,
+    "annotator.temperature": POSITIVE,
+    "normalise.before": POSITIVE,
+    "normalise.after": POSITIVE,
+    "unended.replace": maybe(FINITE),
+    "unended.penalty": NOT_NEGATIVE,
+    "advantage.gamma": SHARE,
+    "advantage.lam": SHARE,
+    "advantage.whiten_advantages": FLAG,
+    "advantage.estimator": one_of("grpo", "dr_grpo", "rloo", "grpo_over_batch"),
+    "advantage.overlong": ANY_COUNT,
+    "kl.beta": NOT_NEGATIVE,
+    "kl.target": POSITIVE,
+    "kl.horizon": ENDLESS,
+    "kl.limit": NOT_NEGATIVE,
+    "objective.name": NAMED,
+    "objective.beta": POSITIVE,
+    "objective.noise": number(lambda x: 0 <= x < 0.5, "a number from 0, below 1/2"),
+    "objective.theta": number(lambda x: x > 1, "a number above 1"),
+    "objective.alpha": FINITE,
+    "objective.gamma": FINITE,
+    "objective.per_token": FLAG,
+    **{f"objective.{which}_weight": NOT_NEGATIVE for which in ("nll", "odds", "desirable", "undesirable")},
+    "objective.label_smoothing": BELOW_1,
+    "objective.z_loss": NOT_NEGATIVE,
+    "objective.centring": NOT_NEGATIVE,
+    "objective.clip_low": number(lambda x: 0 < x <= 1, "a number above 0, up to 1"),
+    "objective.clip_high": POSITIVE,
+    "objective.dual_clip": maybe(number(lambda x: x > 1, "a number above 1")),
+    "objective.value_clip": POSITIVE,
+    "objective.value_weight": NOT_NEGATIVE,
+    "objective.entropy_weight": FINITE,
+    "objective.aggregation": one_of("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_sum_const"),
+    "objective.kl": one_of("k2", "k3", "exact"),
+    "objective.kl_weight": NOT_NEGATIVE,
+    "optim.learning_rate": NOT_NEGATIVE,
+    "optim.warmup": ANY_COUNT,
+    "optim.decay": one_of("linear", "cosine", "constant"),
+    "optim.b1": BELOW_1,
+    "optim.b2": BELOW_1,
+    "optim.eps": POSITIVE,
+    "optim.eps_placement": one_of("pytorch", "tensorflow"),
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.clip_norm": NOT_NEGATIVE,
+    **{f"run.{size}": COUNT for size in ("steps", "iterations", "batch", "epochs", "minibatches", "accumulate", "members")},
+    "run.stop_kl": maybe(POSITIVE),
+    "run.most_abstained": SHARE,
+    **{f"run.{size}": COUNT for size in ("group", "reuse")},
+    "run.importance_cap": number(lambda x: x >= 1, "a number from 1"),
+    "run.critic": one_of("shared", "own"),
+    "run.baseline": one_of("none", "mean", "leave_one_out", "greedy", "learned"),
+    "run.dynamic_sampling": FLAG,
+    "pretraining.source": NAMED,
+    "pretraining.count": ANY_COUNT,
+    "pretraining.template": FILLED,
+    "pretraining.length": whole(2),
+    "pretraining.weight": NOT_NEGATIVE,
+    "guard.sigmas": NOT_NEGATIVE,
+    "guard.window": COUNT,
+    **{f"loop.{size}": COUNT for size in ("log_every", "save_every", "keep", "patience")},
+    "loop.save_seconds": ENDLESS,
+    "loop.keep_every": ANY_COUNT,
+    "loop.best": TEXT,
+    "loop.verify": FLAG,
+    "loop.stuck_seconds": ENDLESS,
+    "loop.sinks": Rule(
+        lambda x: isinstance(x, tuple) and all(s in list(log.SINKS) for s in x), f"a tuple of {', '.join(log.SINKS)}"
+    ),
+    "evaluate.prompts": COUNT,
+    "evaluate.every": ANY_COUNT,
+    "evaluate.samples": ANY_COUNT,
+}
+
+
+def check(config):
+    """Raises ValueError, naming the setting, its value and what it may be; the stages before the run included.
+
+    A setting without a rule is for the function that takes it to check: an objective of one's own has its own.
+    """
+    stages = config.get("stages", {})
+    for prefix, part in (("", config), *((f"stages.{name}.", stages[name]) for name in stages)):
+        found = {name: x for name, x in log.flat(part.to_dict()).items() if not name.startswith("stages.")}
+        for name, value in found.items():
+            if name in RULES:
+                _apply(RULES[name], prefix + name, value)
+        _together(found, prefix)
+
+
+def _apply(rule: Rule, name: str, value):
+    try:
+        wrong = "" if rule.holds(value) else f"it is {rule.says}"
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        raise ValueError(f"{name} = {text.brief(value)}: {wrong}")
+
+
+def _together(found: dict, prefix: str):
+    """What settings may be beside each other."""
+    mesh = shard.make_mesh(**{axis: found[f"mesh.{axis}"] for axis in shard.AXES}).shape
+    name = "run.batch" if "run.batch" in found else "batch"
+    batch = found[name]
+    updates = {key: found[key] for key in ("run.minibatches", "run.accumulate") if key in found}
+    if found.get("run.group", 1) > 1:
+        updates["run.group"] = found["run.group"]
+    for parts in (updates, {f"mesh.{axis}": mesh[axis] for axis in shard.ROWS}):
+        if batch % (share := math.prod(parts.values())):
+            told = " x ".join(f"{part} {size}" for part, size in parts.items())
+            more = -(-batch // share) * share
+            raise ValueError(f"{prefix}{name} = {batch}: it is a multiple of {told} = {share}, such as {more}")
+    if found["model.source"] == "scratch" and found["adapter.kind"] != "none":
+        raise ValueError(f"{prefix}adapter.kind = {found['adapter.kind']}: a model from scratch has nothing to adapt")
+    if found["model.source"] == "scratch" and "scratch.architecture.kv_heads" in found:  # a decoder's
+        heads, kv_heads, head_dim = (found[f"scratch.architecture.{size}"] for size in ("heads", "kv_heads", "head_dim"))
+        if heads % kv_heads:
+            raise ValueError(f"{prefix}scratch.architecture.kv_heads = {kv_heads}: it divides heads = {heads}")
+        if head_dim % 2:
+            raise ValueError(f"{prefix}scratch.architecture.head_dim = {head_dim}: it is even")
+    if "kl.limit" in found and found["kl.limit"] * batch >= found["kl.horizon"]:
+        raise ValueError(
+            f"{prefix}kl.horizon = {found['kl.horizon']:g}: it is above kl.limit x {name} = {found['kl.limit'] * batch:g}, or one "
+            f"step could take the price of KL below 0"
+        )
+    compares = "advantage.estimator" in found or found.get("run.baseline") == "leave_one_out"
+    if compares and found["run.group"] < 2:
+        raise ValueError(f"{prefix}run.group = {found['run.group']}: samples of a prompt are compared, so they are two or more")
+    if "kl.limit" in found and not found["sample.temperature"]:
+        raise ValueError(f"{prefix}sample.temperature = 0: a policy that learns from its samples draws them, so it is above 0")
