@@ -52,7 +52,7 @@ def sample(
     """
     rows, start = prompts.tokens.shape
     cache = model.cache(rows, start + length)
-    hidden, cache = model.apply(params, prompts.tokens, prompts.segments, cache, 0)
+    hidden, cache = model.read(params, prompts, cache, 0)
 
     def draw(i, logits):
         at = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
@@ -81,5 +81,7 @@ def sample(
         jnp.concatenate([prompts.tokens, tokens], axis=1),
         jnp.concatenate([prompts.segments, segments], axis=1),
         jnp.concatenate([none, weights], axis=1),
+        prompts.source,
+        prompts.source_segments,
     )
     return batch, jnp.concatenate([none, logp], axis=1), jnp.concatenate([none, drawn], axis=1)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.ops.chunks import by_chunk
 from jaxalign.types import Array, Batch, Model
 
 
@@ -33,21 +34,11 @@ def of_logits(logits, tokens, *, temperature: float = 1.0) -> Scores:
 
 def of_hidden(model: Model, params, hidden, tokens, *, temperature: float = 1.0, chunk: int = 128) -> Scores:
     """Scores of `tokens` [B,T] from the states [B,T,D] that predict them, never holding more than [B,chunk,V] logits."""
-    rows, length = tokens.shape
 
     def one(part):
         return of_logits(model.unembed(params, part[0]), part[1], temperature=temperature)
 
-    if length <= chunk:
-        return one((hidden, tokens))
-    spare = -length % chunk
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, spare)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    parts = jax.lax.map(jax.checkpoint(one), (split(hidden), split(tokens)))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :length], parts)
+    return by_chunk(one, (hidden, tokens), chunk=chunk)
 
 
 def evaluate(model: Model, params, batch: Batch, *, temperature: float = 1.0):
@@ -55,7 +46,7 @@ def evaluate(model: Model, params, batch: Batch, *, temperature: float = 1.0):
 
     The value is the scalar head's where the model has one. What is not used is not computed, under jit.
     """
-    hidden, _ = model.apply(params, batch.tokens, batch.segments)
+    hidden, _ = model.read(params, batch)
     before = shift(hidden)
     value = None if model.config.scalar is None else model.scalar(params, before)
     return of_hidden(model, params, before, batch.tokens, temperature=temperature), value
@@ -63,7 +54,12 @@ def evaluate(model: Model, params, batch: Batch, *, temperature: float = 1.0):
 
 def last_scalar(model: Model, params, batch: Batch):
     """The scalar head at each row's last real token, which is found from segments, never from token ids. -> f32 [B]"""
-    hidden, _ = model.apply(params, batch.tokens, batch.segments)
-    column = jnp.arange(batch.tokens.shape[1])[None]
-    last = jnp.where(batch.segments > 0, column, 0).max(axis=1)
-    return model.scalar(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    hidden, _ = model.read(params, batch)
+    return model.scalar(params, last_of(hidden, batch.segments))
+
+
+def last_of(hidden, segments):
+    """The state at each row's last real token. -> [B,D]"""
+    column = jnp.arange(segments.shape[1])[None]
+    last = jnp.where(segments > 0, column, 0).max(axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -6,6 +6,7 @@ where the library works in the precision that it is given (scores of tokens are 
 
 import json
 import tempfile
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,40 +18,33 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxalign import rewards, score
+from jaxalign import models, rewards, score
+from jaxalign.data import tables
+from jaxalign.data.text import Document
 from jaxalign.models import checkpoints, decoder
 from jaxalign.models.attention import attend, positions_of, rope
 from jaxalign.objectives import online, reward, supervised
-from jaxalign.ops import advantages, divergences, filters, policy, preference
+from jaxalign.objectives import preference as offline
+from jaxalign.ops import (
+    advantages,
+    aggregate,
+    best_of_n,
+    calibration,
+    divergences,
+    filters,
+    overoptimisation,
+    policy,
+    preference,
+    truthfulness,
+)
 from jaxalign.ops import supervised as cross_entropy
 from jaxalign.ops.masked import masked, masked_mean, masked_sum, whiten
+from jaxalign.ops.vote import vote
 from jaxalign.train import optim
 from jaxalign.train.step import make_step
 from jaxalign.types import Batch, Model, Pairs, Rollout, TrainState
 
-STILL_TO_COME = {
-    "best_of_n",
-    "dapo_overlong_and_dynamic_sampling",
-    "dpo_family",
-    "ece_brier",
-    "embedding_distance",
-    "gpt1_auxiliary_lm",
-    "group_advantages",
-    "grpo_losses",
-    "hallucination_reward_boundary",
-    "kto",
-    "mmlu_prompt_and_score",
-    "orpo",
-    "overoptimisation_law",
-    "rloo_loss",
-    "rm_best_of_k_softmax",
-    "rm_kwise_instructgpt",
-    "rouge_l",
-    "self_consistency",
-    "self_instruct_filters",
-    "simpo",
-    "tiny_t5_parity",
-}
+STILL_TO_COME = {"mmlu_prompt_and_score", "rouge_l", "self_instruct_filters"}
 
 
 # --------------------------------------------------------- models that say what their parameters say
@@ -186,6 +180,41 @@ def packed_attention_and_loss(i):
     }
 
 
+def gpt1_auxiliary_lm(i):
+    """The hidden state holds the logits of the next token, and at the last one those of the class."""
+    rows, columns, vocab = i["lm_logits"].shape
+    classes = i["class_logits"].shape[1]
+    at_end = jnp.pad(i["class_logits"][:, None], ((0, 0), (columns - 1, 0), (0, 0)))
+    last = jnp.concatenate([jnp.zeros((vocab, classes)), jnp.eye(classes)])
+    params = {
+        "logits": jnp.concatenate([i["lm_logits"], at_end], axis=2),
+        "classes": {"kernel": last, "bias": jnp.zeros(classes)},
+    }
+    model = LOGITS._replace(unembed=lambda params, hidden: hidden[..., :vocab])
+    one = rows_of(i["input_ids"], jnp.ones((rows, columns)))
+    loss, sums = supervised.classify(params, supervised.Classified((one,), ids(i["labels"])), model=model, lm_weight=i["lm_lambda"])
+    n = sums["weight"]
+    return {"L1_lm": sums["loss/lm"] / n, "L2_clf": sums["loss/class"] / n, "L3": loss / n}
+
+
+def embedding_distance(i):
+    params = {"logits": i["logits"], "embed": {"tokens": i["embedding"]}}
+    batch = rows_of(i["input_ids"], i["loss_mask"])
+
+    def means(cosine):
+        loss, sums = supervised.semantic_sft(params, batch, model=LOGITS, distance_weight=i["alpha"], cosine=cosine)
+        return loss / sums["weight"], *(sums[name] / sums["weight"] for name in ("loss/nll", "loss/distance"))
+
+    (total, nll, expected), (total_cosine, _, cosine) = means(False), means(True)
+    return {
+        "expected_sq_distance": expected,
+        "cosine_distance": cosine,
+        "ce": nll,
+        "total_expected_sq": total,
+        "total_cosine": total_cosine,
+    }
+
+
 # --------------------------------------------------------- rewards
 
 
@@ -207,6 +236,42 @@ def rm_pairwise_bradley_terry(i):
         "accuracy": mean(chosen, none, "reward/accuracy"),
         "grad_r_chosen": jax.grad(mean)(chosen, none),
         "center_term": mean(chosen, none, centring=i["center_coef"]) - mean(chosen, none),
+    }
+
+
+def ranked(rank):
+    """[B,K] responses, each a token after a prompt of one."""
+    ones = jnp.ones((len(rank), 2))
+    return reward.Ranked((rows_of(ones, ones),) * rank.shape[1], ids(rank))
+
+
+def rm_best_of_k_softmax(i):
+    best = ids(i["best"])[:, None]
+
+    def mean(scores, best):
+        data = ranked(jnp.arange(scores.shape[1])[None] != best)
+        loss, sums = reward.best_of_k({"scores": scores.T.ravel()}, data, model=SCORES)
+        return loss / sums["weight"], sums["reward/accuracy"] / sums["weight"]
+
+    loss, accuracy = mean(i["rewards"], best)
+    every = jnp.ones(i["rewards"].shape, bool)
+    return {
+        "per_example": preference.best_of_k(i["rewards"], jnp.arange(every.shape[1])[None] == best, every),
+        "loss": loss,
+        "accuracy": accuracy,
+        "k2_equals_bradley_terry": mean(i["rewards"][:, :2], ids(jnp.zeros_like(best)))[0],
+    }
+
+
+def rm_kwise_instructgpt(i):
+    per_prompt, pairs = preference.k_wise(i["rewards"], i["ranks"], jnp.ones(i["ranks"].shape, bool))
+    loss, sums = reward.k_wise({"scores": i["rewards"].T.ravel()}, ranked(i["ranks"]), model=SCORES)
+    n_pairs = pairs.sum((1, 2))
+    return {
+        "per_prompt": per_prompt,
+        "loss": loss / sums["weight"],
+        "pooled_pairs_mean_for_contrast": (per_prompt * n_pairs).sum() / n_pairs.sum(),
+        "n_pairs": n_pairs,
     }
 
 
@@ -395,6 +460,234 @@ def kl_estimators(i):
     return out
 
 
+# --------------------------------------------------------- groups
+
+
+def group_advantages(i):
+    of = (i["rewards"], i["num_generations"])
+    return {
+        "grpo_eps1e_4": advantages.grpo(*of),
+        "grpo_eps1e_6": advantages.grpo(*of, eps=1e-6),
+        "grpo_population_std": advantages.grpo(*of, eps=1e-8, ddof=0),
+        "dr_grpo": advantages.dr_grpo(*of),
+        "grpo_batch_std": advantages.grpo_over_batch(*of),
+        "rloo": advantages.rloo(*of),
+    }
+
+
+def grpo_losses(i):
+    logp, old, mask = i["logp"], i["old_logp"], i["mask"]
+    ratio, kl = jnp.exp(logp - old), divergences.k3(logp, i["ref_logp"])
+
+    def mean(ratio, advantage, how, *, clip_high=i["eps_low"], beta=0.0):
+        loss = policy.clipped_surrogate(ratio, advantage[:, None], clip_low=i["eps_low"], clip_high=clip_high) + beta * kl
+        weights, n = how(mask)
+        return masked_sum(loss, weights) / n
+
+    normalised, raw = i["advantages_grpo"], i["advantages_dr_grpo"]
+    constant = partial(aggregate.seq_sum_const, length=i["max_completion_length"])
+    return {
+        "grpo": mean(ratio, normalised, aggregate.seq_mean_token_mean, beta=i["beta"]),
+        "token_level": mean(ratio, normalised, aggregate.token_mean, beta=i["beta"]),
+        "dapo": mean(ratio, normalised, aggregate.token_mean, clip_high=i["eps_high_dapo"]),
+        "dr_grpo": mean(ratio, raw, constant),
+        "gspo": mean(policy.gspo_ratio(logp, old, mask), normalised, aggregate.seq_mean_token_mean),
+        "k3_mean": masked_mean(kl, mask),
+    }
+
+
+def rloo_loss(i):
+    mask, of = i["mask"], i["num_generations"]
+    ratio = policy.sequence_ratio(i["logp"], i["old_logp"], mask)
+    clip = {"clip_low": i["eps"], "clip_high": i["eps"]}
+    loss = policy.clipped_surrogate(ratio, advantages.rloo(i["rewards"], of)[:, None], **clip)
+    weights, n = aggregate.seq_mean_token_mean(mask)
+    kl = masked_sum(divergences.k1(i["old_logp"], i["ref_logp"]), mask, 1)
+    return {
+        "sequence_ratio": ratio[:, 0],
+        "loss_without_kl": masked_sum(jnp.broadcast_to(loss, mask.shape), weights) / n,
+        "kl_per_sequence": kl,
+        "advantages_with_kl": advantages.rloo(i["rewards"] - i["beta"] * kl, of),
+    }
+
+
+def dapo_overlong_and_dynamic_sampling(i):
+    correct = jnp.arange(i["group_size"])[None] < i["group_correct"][:, None]
+    return {
+        "length_reward": advantages.overlong_penalty(i["lengths"], longest=i["l_max"], ramp=i["l_cache"]),
+        "keep": advantages.dynamic_sampling(correct.astype(jnp.float32).ravel(), i["group_size"]),
+    }
+
+
+# --------------------------------------------------------- preferences
+
+
+def responses(totals, lengths):
+    """Responses of these lengths, after a prompt of one token, and the params of LOGP that give them these log-probabilities."""
+    mask = (jnp.arange(16)[None] < lengths[:, None]).astype(totals.dtype)
+    params = {"logp": jnp.where(mask > 0, (totals / lengths)[:, None], -1), "value": jnp.zeros(mask.shape)}
+    return params, rows_of(jnp.zeros((len(totals), 17)), after_first(mask))
+
+
+def pair_by_pair(objective, chosen, rejected, ref_chosen=None, ref_rejected=None, lengths=None, **hyper):
+    """The objective of each pair alone, from log-probabilities of responses [B]: (losses, sums), [B] each."""
+    lengths = jnp.ones((len(chosen), 2)) if lengths is None else lengths
+    refs = None if ref_chosen is None else jnp.stack([ref_chosen, ref_rejected], 1)
+
+    def one(logp, lengths, refs):
+        params, both = responses(logp, lengths)
+        sides = (jax.tree.map(itemgetter(slice(k, k + 1)), both) for k in (0, 1))
+        given = () if refs is None else (refs[:1], refs[1:])
+        return objective(params, Pairs(*sides, jnp.zeros(1), *given), model=LOGP, **hyper)
+
+    return jax.vmap(one)(jnp.stack([chosen, rejected], 1), lengths, refs)
+
+
+def dpo_family(i):
+    names = ("policy_chosen_logp", "policy_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
+    given, beta = [i[name] for name in names], {"beta": i["beta"]}
+    lengths = jnp.stack([i["len_chosen"], i["len_rejected"]], 1)
+
+    def losses(objective, chosen=given[0], **hyper):
+        return pair_by_pair(objective, chosen, *given[1:], lengths, **beta, **hyper)
+
+    dpo, sums = losses(offline.dpo)
+    ipo = losses(offline.ipo)[0]
+    return {
+        "dpo": dpo,
+        "dpo_mean": dpo.mean(),
+        "cdpo_mean": losses(offline.conservative_dpo, label_smoothing=i["label_smoothing"])[0].mean(),
+        "robust_mean": losses(offline.robust_dpo, noise=i["label_smoothing"])[0].mean(),
+        "ipo": ipo,
+        "ipo_mean": ipo.mean(),
+        "ipo_length_normalised_mean": losses(offline.ipo, per_token=True)[0].mean(),
+        "hinge_mean": losses(offline.slic)[0].mean(),
+        "reward_chosen": sums["reward/chosen"],
+        "reward_rejected": sums["reward/rejected"],
+        "accuracy": sums["reward/accuracy"].mean(),
+        "grad_policy_chosen_logp": jax.grad(lambda x: losses(offline.dpo, x)[0].mean())(given[0]),
+    }
+
+
+def dpo_family_ops(i):
+    """The equations alone, in any precision."""
+    chosen, rejected = (i[f"policy_{side}_logp"] - i[f"ref_{side}_logp"] for side in ("chosen", "rejected"))
+    r, e, dpo = (i["beta"] * chosen, i["beta"] * rejected), i["label_smoothing"], preference.bradley_terry
+    per_token = (chosen / i["len_chosen"], rejected / i["len_rejected"])
+    return {
+        "dpo": dpo(*r),
+        "cdpo_mean": preference.soft_bradley_terry(*r, 1 - e).mean(),
+        "robust_mean": preference.robust_bradley_terry(*r, noise=e).mean(),
+        "ipo": preference.ipo(chosen, rejected, beta=i["beta"]),
+        "ipo_length_normalised_mean": preference.ipo(*per_token, beta=i["beta"]).mean(),
+        "hinge_mean": preference.hinge(*r).mean(),
+        "grad_policy_chosen_logp": i["beta"] * jax.grad(lambda x: dpo(x, r[1]).mean())(r[0]),
+    }
+
+
+def kto(i):
+    ones = jnp.ones(len(i["policy_logp"]))
+    (params, mismatched), (ref_params, _) = responses(i["policy_kl_logp"], ones), responses(i["ref_kl_logp"], ones)
+    z0 = offline.kto_baseline(params, ref_params, mismatched, model=LOGP)
+    weights = {"desirable_weight": i["w_desirable"], "undesirable_weight": i["w_undesirable"]}
+
+    def one(logp, ref_logp, desirable):
+        params, batch = responses(logp[None], jnp.ones(1))
+        data = offline.Labelled(batch, desirable[None] > 0, ref_logp[None], z0[None])
+        return offline.kto(params, data, model=LOGP, beta=i["beta"], **weights)[0]
+
+    losses = jax.vmap(one)(i["policy_logp"], i["ref_logp"], i["desirable"])
+    return {"z0": z0, "losses": losses, "loss": losses.mean()}
+
+
+def kto_ops(i):
+    ones = jnp.ones(len(i["policy_logp"]))
+    z0 = preference.kto_baseline(i["policy_kl_logp"] - i["ref_kl_logp"], ones)
+    weights = {"desirable_weight": i["w_desirable"], "undesirable_weight": i["w_undesirable"]}
+    log_ratio = i["policy_logp"] - i["ref_logp"]
+    return {"z0": z0, "losses": preference.kto(log_ratio, i["desirable"] > 0, z0, beta=i["beta"], **weights)}
+
+
+def orpo(i):
+    sides = (i["avg_logp_chosen"], i["avg_logp_rejected"])
+    losses, sums = pair_by_pair(offline.orpo, *sides, odds_weight=i["lam"])
+    return orpo_ops(i) | {"log_odds_ratio": sums["reward/difference"], "loss": losses.mean()}
+
+
+def orpo_ops(i):
+    chosen, rejected = i["avg_logp_chosen"], i["avg_logp_rejected"]
+    odds = [preference.log_odds(x) for x in (chosen, rejected)]
+    return {
+        "log_odds_ratio": odds[0] - odds[1],
+        "or_term": preference.bradley_terry(*odds),
+        "nll_from_avg": preference.orpo(chosen, rejected, weight=0.0).mean(),
+        "loss": preference.orpo(chosen, rejected, weight=i["lam"]).mean(),
+    }
+
+
+def simpo(i):
+    hyper = {"beta": i["beta"], "gamma": i["gamma"]}
+    losses, _ = pair_by_pair(offline.simpo, i["avg_logp_chosen"], i["avg_logp_rejected"], **hyper)
+    return {"losses": losses, "loss": losses.mean()}
+
+
+def simpo_ops(i):
+    return {"losses": preference.bradley_terry(*(i["beta"] * i[f"avg_logp_{side}"] for side in ("chosen", "rejected")), i["gamma"])}
+
+
+# --------------------------------------------------------- inference and evaluation
+
+
+def best_of_n_case(i):
+    probs, scores = i["discrete_probs_in_increasing_reward"], i["scores"]
+    drawn = jax.vmap(lambda n: best_of_n.probabilities(probs, n))(i["n"])
+    return {
+        "kl_formula": best_of_n.kl(i["n"]),
+        "exact_kl_discrete": divergences.kl(jnp.log(drawn), jnp.log(probs)[None]),
+        "expected_reward_discrete": drawn @ i["discrete_rewards"],
+        "unbiased_expected_max": best_of_n.expected_max(scores, i["n_for_estimator"]),
+        "argmax_pick": scores.argmax(),
+    }
+
+
+def overoptimisation_law(i):
+    bon, rl = (i["alpha_bon"], i["beta_bon"]), (i["alpha_rl"], i["beta_rl"])
+    (d_bon, r_bon), (d_rl, r_rl) = overoptimisation.best_of_n_peak(*bon), overoptimisation.rl_peak(*rl)
+    return {
+        "R_bon": overoptimisation.best_of_n(i["d"], *bon),
+        "R_rl": overoptimisation.rl(i["d"], *rl),
+        "d_star_bon": d_bon,
+        "R_star_bon": r_bon,
+        "d_star_rl": d_rl,
+        "R_star_rl": r_rl,
+        "kl_star_rl": d_rl**2,
+    }
+
+
+def hallucination_reward_boundary(i):
+    table = truthfulness.Table(**i["reward_table"])
+    answer, hedge, abstain = truthfulness.expected(i["p_correct"], table)
+    thresholds = truthfulness.thresholds(table)
+    return {
+        "E_unhedged": answer,
+        "E_hedged": hedge,
+        "E_uninformative": abstain,
+        "answer_threshold": thresholds[0],
+        "hedge_threshold": thresholds[1],
+    }
+
+
+def ece_brier(i):
+    probs, labels = i["probs"], ids(i["labels"])
+    correct = (probs.argmax(1) == labels).astype(probs.dtype)
+    eces = {f"ece_{bins}": calibration.ece(probs.max(1), correct, bins=bins) for bins in (10, 15, 30)}
+    return {**eces, "accuracy": correct.mean(), "brier": calibration.brier(probs, labels)}
+
+
+def self_consistency(i):
+    return {"result": [vote(answers)._asdict() for answers in i["answers"]]}
+
+
 # --------------------------------------------------------- sampling and optimiser
 
 
@@ -467,35 +760,94 @@ def tiny_parity(i):
     return out
 
 
+def tiny_t5_parity(i):
+    """Logits of the sources padded on the right, as they are given, and on the left, alone, and of both documents packed."""
+    told = {"scale_decoder_outputs": False} | i["config"]  # transformers 5 wrote the case, and left out that it was told so
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(told))
+        save_file({name: np.array(x, np.float32) for name, x in i["params"].items()}, Path(folder) / "model.safetensors")
+        config, params = checkpoints.load(folder)
+    model, targets = models.build(config), np.asarray(i["decoder_input_ids"], np.int32)
+    assert (config.start == targets[:, 0]).all() and (np.asarray(i["labels"])[:, :-1] == targets[:, 1:]).all()
+    sources = [np.asarray(ids, np.int32)[np.asarray(mask) > 0] for ids, mask in zip(i["input_ids"], i["attention_mask"])]
+    documents = [Document(x, np.ones(len(x), np.float32), source) for x, source in zip(targets, sources, strict=True)]
+    length, most = targets.size, sum(map(len, sources))
+    right = tables.pad(documents, length, source_length=most)
+    left = tables.pad(documents, length, side="left", source_length=most)
+    for x in (left.source, left.source_segments):
+        x[:] = [np.roll(row, most - len(source)) for row, source in zip(x, sources, strict=True)]
+
+    @jax.jit
+    def logits(batch):
+        return model.unembed(params, model.read(params, batch)[0])
+
+    packed = tables.pack_rows([documents], length, source_length=most)
+    out = [np.asarray(logits(batch))[batch.segments > 0] for batch in (right, left, packed)]
+    for x in out[1:]:
+        np.testing.assert_allclose(x, out[0], atol=1e-5, rtol=1e-5)
+    for n, document in enumerate(documents):
+        alone = logits(tables.pad([document], len(document.tokens), source_length=len(document.source)))[0]
+        np.testing.assert_allclose(alone, out[0].reshape(*targets.shape, -1)[n], atol=1e-5, rtol=1e-5)
+    return {"logits": out[0].reshape(*targets.shape, -1)}
+
+
 FLOAT64 = {
     "adam_pytorch_vs_tensorflow": adam_pytorch_vs_tensorflow,
     "adaptive_kl_controller": adaptive_kl_controller,
+    "best_of_n": best_of_n_case,
+    "dapo_overlong_and_dynamic_sampling": dapo_overlong_and_dynamic_sampling,
+    "dpo_family": dpo_family_ops,
+    "ece_brier": ece_brier,
     "gae": gae,
+    "group_advantages": group_advantages,
+    "grpo_losses": grpo_losses,
+    "hallucination_reward_boundary": hallucination_reward_boundary,
     "kl_estimators": kl_estimators,
+    "kto": kto_ops,
+    "orpo": orpo_ops,
+    "overoptimisation_law": overoptimisation_law,
     "ppo_losses": ppo_ops,
     "reinforce_returns": reinforce_returns,
     "reward_normalisation": reward_normalisation,
     "rlhf_reward_shaping": rlhf_reward_shaping,
+    "rloo_loss": rloo_loss,
+    "rm_best_of_k_softmax": rm_best_of_k_softmax,
+    "rm_kwise_instructgpt": rm_kwise_instructgpt,
     "rm_pairwise_bradley_terry": rm_pairwise_bradley_terry,
     "sampling_filters": sampling_filters,
+    "self_consistency": self_consistency,
+    "simpo": simpo_ops,
     "whitening": whitening,
 }
 FLOAT32 = FLOAT64 | {
+    "dpo_family": dpo_family,
+    "embedding_distance": embedding_distance,
+    "gpt1_auxiliary_lm": gpt1_auxiliary_lm,
     "gradient_accumulation_token_weighting": gradient_accumulation_token_weighting,
+    "kto": kto,
     "logprobs_temperature_entropy": logprobs_temperature_entropy,
+    "orpo": orpo,
     "packed_attention_and_loss": packed_attention_and_loss,
     "ppo_losses": ppo_losses,
     "reinforce_gradient": reinforce_gradient,
     "sft_completion_only": sft_completion_only,
     "sft_label_smoothing_z_loss": sft_label_smoothing_z_loss,
+    "simpo": simpo,
     "tiny_gpt2_parity": tiny_parity,
     "tiny_gpt_neox_parity": tiny_parity,
     "tiny_llama_parity": tiny_parity,
     "tiny_qwen2_parity": tiny_parity,
+    "tiny_t5_parity": tiny_t5_parity,
 }
 
 
-EAGER = {gradient_accumulation_token_weighting, reward_normalisation, tiny_parity}  # they read values of arrays
+EAGER = {
+    gradient_accumulation_token_weighting,
+    reward_normalisation,
+    self_consistency,
+    tiny_parity,
+    tiny_t5_parity,
+}  # they read values of arrays
 
 
 # --------------------------------------------------------- the tests
@@ -519,7 +871,8 @@ def pytest_generate_tests(metafunc):
 
 def compute(function, case):
     """function(inputs): lists become float arrays of the precision in force; the file's outputs go with them, as `expected`."""
-    arrays = {k: jnp.asarray(np.array(x, float)) for k, x in case["inputs"].items() if isinstance(x, list)}
+    numbers = {k: np.array(x) for k, x in case["inputs"].items() if isinstance(x, list)}
+    arrays = {k: jnp.asarray(x.astype(float)) for k, x in numbers.items() if x.dtype.kind != "U"}
     rest = {k: x for k, x in case["inputs"].items() if k not in arrays} | {"expected": case["outputs"]}
     run = function if function in EAGER else jax.jit(lambda arrays: function({**arrays, **rest}))
     return run(arrays if run is not function else {**arrays, **rest})
@@ -530,6 +883,11 @@ def check(got, want, tolerance, path):
         assert set(want) <= set(got), f"{path}: nothing computes {sorted(set(want) - set(got))}"
         for key in want:
             check(got[key], want[key], tolerance, f"{path}/{key}")
+    elif isinstance(want, str):
+        assert got == want, path
+    elif isinstance(want, list) and isinstance(want[0], dict):
+        for n, (one, wanted) in enumerate(zip(got, want, strict=True)):
+            check(one, wanted, tolerance, f"{path}/{n}")
     else:
         assert np.shape(got) == np.shape(want), f"{path}: shape {np.shape(got)} is not {np.shape(want)}"
         np.testing.assert_allclose(got, want, atol=tolerance, rtol=tolerance, err_msg=path)
