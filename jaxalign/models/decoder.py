@@ -1,12 +1,17 @@
-"""One decoder for the families that a config can tell apart: Llama, Qwen2, GPT-2, GPT-NeoX.
+"""One decoder for the families that a config can tell apart: GPT-2, GPT-NeoX, Llama, Mistral, Phi-3, Qwen2, Qwen3, OLMo-2, Gemma-2
+and Gemma-3.
 
 The parameter tree, leaves of `layers` stacked on a first axis of L:
 
     embed   tokens [V,D], positions [context,D] (learned positions only)
-    layers  attention_norm, attention {q, k, v, o}, mlp_norm, mlp {gate, up, down}; each with kernel and, by config, bias
+    layers  attention_norm, attention {q, k, v, o}, mlp_norm, mlp {gate, up, down}; each with kernel and, by config, bias;
+            by config also attention_post_norm, mlp_post_norm, and attention {q_norm, k_norm}
     norm    scale [D], bias [D]
     head    kernel [V,D] (untied only; the layout that a decode step reads fastest)
     scalar  kernel [D], bias [] (reward models and value heads only)
+
+An adapter (parts.Adapter) adds to it: lora_a, lora_b or ia3 beside a kernel; prefix {k, v} [L,P,G,K]; prompt {tokens} [P,D], which
+the layers read once as a document of their own, for none of them sees a later token; or `last`, the last of `layers`.
 """
 
 from dataclasses import dataclass
@@ -15,16 +20,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.attention import attend, positions_of, rope
+from jaxalign.models.attention import attend, frequencies, positions_of, rope, soft_cap
+from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, normal
 from jaxalign.shard import constrain_rows, declared
 from jaxalign.types import Model
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu}
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+EVERYTHING = 2**30  # a window that no document fills
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,22 @@ class DecoderConfig:
     head_dim: int
     mlp: int  # width of the MLP's hidden layer
     context: int  # most tokens of a document
-    norm: str = "rms"  # or "layer"
+    norm: str = "rms"  # or "layer", or "rms_plus_one": by 1 + scale, not by scale (Gemma)
+    norm_place: str = "pre"  # what goes into attention and MLP is normalised, what comes out ("post"), or "both"
+    qk_norm: str = "none"  # of queries and keys, before they turn: each "head" by itself, or the whole "width" of all heads
     norm_eps: float = 1e-5
     activation: str = "silu"  # ACTIVATIONS
     gated: bool = True  # down(act(gate x) * up x), else down(act(up x))
     positions: str = "rope"  # or "learned"
     rope_theta: float = 10000.0
     rope_fraction: float = 1.0  # of the head's dimensions
+    rope_scaling: tuple = ()  # for long contexts: (factor,) or (factor, low, high, context), as attention.frequencies has them
+    windows: tuple = ()  # one a layer: how many tokens one sees, itself the last; 0: all before it. (): all, in every layer
+    local_theta: float | None = None  # rope_theta of the layers that have a window, which rope_scaling leaves alone; None: as all
+    query_size: int | None = None  # scores are q.k / sqrt(query_size); None: head_dim
+    score_cap: float | None = None  # soft cap of the scores
+    logit_cap: float | None = None  # soft cap of the logits
+    embed_scaled: bool = False  # embeddings come in times sqrt(width)
     parallel: bool = False  # attention and MLP read the same residual stream (GPT-NeoX)
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output
@@ -54,51 +64,44 @@ class DecoderConfig:
     scalar: float | None = None  # std of a scalar head's first kernel (0 for a value head); None: no such head
     dtype: str = "float32"  # of activations and of the weights as they are used; parameters stay float32
     remat: str = "none"  # what a layer's backward pass recomputes: REMAT
+    adapter: Adapter | None = None  # what is trained instead of all; None: all
 
     def __post_init__(self):
-        known = {"norm": ("rms", "layer"), "activation": ACTIVATIONS, "positions": ("rope", "learned"), "remat": REMAT}
+        known = {
+            "norm": ("rms", "layer", "rms_plus_one"),
+            "norm_place": ("pre", "post", "both"),
+            "qk_norm": ("none", "head", "width"),
+            "activation": ACTIVATIONS,
+            "positions": ("rope", "learned"),
+            "remat": REMAT,
+        }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; there are {', '.join(values)}")
+        for name in ("rope_scaling", "windows"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists, and a config must have a hash
+        if isinstance(self.adapter, dict):
+            object.__setattr__(self, "adapter", Adapter(**self.adapter))
+        if not self.top < self.layers:
+            raise ValueError(f"adapter layers = {self.top}: fewer than all {self.layers}")
+        if len(self.rope_scaling) not in (0, 1, 4):
+            raise ValueError(f"rope_scaling = {self.rope_scaling}; there are (), (factor,) and (factor, low, high, context)")
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0 or not any(self.windows)):
+            raise ValueError(
+                f"windows = {self.windows}; give each of {self.layers} layers its own, 0 for none, or () for none at all"
+            )
+        if self.local_theta is not None and not self.windows:
+            raise ValueError(f"local_theta = {self.local_theta} is for layers that have a window, but windows = ()")
 
+    @property
+    def top(self) -> int:
+        """How many of the layers are in `last`."""
+        return self.adapter.layers if self.adapter and self.adapter.kind == "last" else 0
 
-def _normal(std):
-    return nn.initializers.normal(std)
-
-
-class Norm(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x):
-        c, x32 = self.config, x.astype(jnp.float32)
-        if c.norm == "layer":
-            x32 = x32 - x32.mean(-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt((x32**2).mean(-1, keepdims=True) + c.norm_eps)
-        x32 = x32 * self.param("scale", declared(nn.initializers.ones, "embed"), (c.width,))[None, None]
-        if c.norm == "layer":
-            x32 = x32 + self.param("bias", declared(nn.initializers.zeros, "embed"), (c.width,))[None, None]
-        return x32.astype(x.dtype)
-
-
-class Linear(nn.Module):
-    """x times a kernel, contracting x's last axes with the kernel's first."""
-
-    shape: tuple  # of the kernel
-    names: tuple  # of the kernel's axes
-    contract: int = 1  # how many axes of x are summed over
-    bias: bool = False
-    std: float = 0.02
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", declared(_normal(self.std), *self.names), self.shape)
-        axes = (tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract)))
-        y = jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
-        if self.bias:
-            zeros = declared(nn.initializers.zeros, *self.names[self.contract :])
-            y = y + self.param("bias", zeros, self.shape[self.contract :]).astype(x.dtype)[None, None]
-        return y
+    @property
+    def virtual(self) -> int:
+        """How many virtual tokens stand before each document."""
+        return self.adapter.virtual if self.adapter else 0
 
 
 class Attention(nn.Module):
@@ -107,37 +110,35 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, where, cache, layer):
         c = self.config
-        shape, kv_shape = (c.width, c.heads, c.head_dim), (c.width, c.kv_heads, c.head_dim)
-        q = Linear(shape, ("embed", "heads", "head"), bias=c.qkv_bias, name="q")(x)
-        k = Linear(kv_shape, ("embed", "kv_heads", "head"), bias=c.qkv_bias, name="k")(x)
-        v = Linear(kv_shape, ("embed", "kv_heads", "head"), bias=c.qkv_bias, name="v")(x)
+        shape, names = (c.width, c.heads, c.head_dim), ("embed", "heads", "head")
+        kv_shape, kv_names = (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head")
+        q = Linear(shape, names, bias=c.qkv_bias, adapter=c.adapter, name="q")(x)
+        k = Linear(kv_shape, kv_names, bias=c.qkv_bias, adapter=c.adapter, name="k")(x)
+        v = Linear(kv_shape, kv_names, bias=c.qkv_bias, adapter=c.adapter, name="v")(x)
+        if c.qk_norm != "none":
+            first = {"width": 1, "head": 2}[c.qk_norm]  # of the axes that are normalised together
+            q = Norm(c, shape[first:], names[first:], name="q_norm")(q)
+            k = Norm(c, kv_shape[first:], kv_names[first:], name="k_norm")(k)
         if c.positions == "rope":
-            turn = {"theta": c.rope_theta, "fraction": c.rope_fraction}
-            q, k = rope(q, where["positions"], **turn), rope(k, where["positions"], **turn)
+            inverse = where["inverse"][layer.get("rope", 0)]
+            q, k = rope(q, where["positions"], inverse), rope(k, where["positions"], inverse)
         if cache is not None:  # k, v [L,B,S,G,K]: this layer's part takes in the new columns
-            start = (layer, 0, where["at"], 0, 0)
+            start = (layer["index"], 0, where["at"], 0, 0)
             cache = {
                 "k": jax.lax.dynamic_update_slice(cache["k"], k[None], start),
                 "v": jax.lax.dynamic_update_slice(cache["v"], v[None], start),
             }
-            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in "kv")
-        out = attend(q, k, v, where["segments"], where["key_segments"], at=where["at"])
+            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer["index"], keepdims=False) for name in "kv")
+        before = 0
+        if "prefix" in layer:
+            first = [jnp.broadcast_to(layer["prefix"][name], (len(k), *layer["prefix"][name].shape[1:])) for name in "kv"]
+            k, v = (jnp.concatenate([x.astype(k.dtype), own], axis=1) for x, own in zip(first, (k, v), strict=True))
+            before = c.virtual
+        scores = {"scale": None if c.query_size is None else c.query_size**-0.5, "cap": c.score_cap, "window": layer.get("window")}
+        out = attend(q, k, v, where["segments"], where["key_segments"], at=where["at"], before=before, **scores)
         std = 0.02 / (2 * c.layers) ** 0.5
-        back = Linear((c.heads, c.head_dim, c.width), ("heads", "head", "embed"), 2, c.out_bias, std, name="o")
+        back = Linear((c.heads, c.head_dim, c.width), ("heads", "head", "embed"), 2, c.out_bias, std, c.adapter, name="o")
         return back(out), cache
-
-
-class Mlp(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x):
-        c, act = self.config, ACTIVATIONS[self.config.activation]
-        wide = {"shape": (c.width, c.mlp), "names": ("embed", "mlp"), "bias": c.mlp_bias}
-        up = Linear(**wide, name="up")(x)
-        hidden = act(Linear(**wide, name="gate")(x)) * up if c.gated else act(up)
-        std = 0.02 / (2 * c.layers) ** 0.5
-        return Linear((c.mlp, c.width), ("mlp", "embed"), bias=c.mlp_bias, std=std, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -145,14 +146,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, where):
-        x, cache = carry
-        out, cache = Attention(self.config, name="attention")(Norm(self.config, name="attention_norm")(x), where, cache, layer)
-        mlp, mlp_norm = Mlp(self.config, name="mlp"), Norm(self.config, name="mlp_norm")
-        if self.config.parallel:
-            x = x + out + mlp(mlp_norm(x))
-        else:
-            x = x + out
-            x = x + mlp(mlp_norm(x))
+        c, (x, cache) = self.config, carry
+
+        before, after = c.norm_place != "post", c.norm_place != "pre"
+
+        def norm(x, name, here):
+            return Norm(c, name=name)(x) if here else x
+
+        out, cache = Attention(c, name="attention")(norm(x, "attention_norm", before), where, cache, layer)
+        attended = x + norm(out, "attention_post_norm", after)
+        out = Mlp(c, (0.02, 0.02 / (2 * c.layers) ** 0.5), name="mlp")(norm(x if c.parallel else attended, "mlp_norm", before))
+        x = attended + norm(out, "mlp_post_norm", after)
         return (constrain_rows(x), cache), None
 
 
@@ -161,15 +165,42 @@ class Embedding(nn.Module):
 
     def setup(self):
         c = self.config
-        self.tokens = self.param("tokens", declared(_normal(0.02), "vocab", "embed"), (c.vocab, c.width))
+        self.tokens = self.param("tokens", declared(normal(0.02), "vocab", "embed"), (c.vocab, c.width))
         if c.positions == "learned":
-            self.positions = self.param("positions", declared(_normal(0.01), "context", "embed"), (c.context, c.width))
+            self.positions = self.param("positions", declared(normal(0.01), "context", "embed"), (c.context, c.width))
 
     def __call__(self, tokens, positions):
-        x = jnp.asarray(self.tokens)[tokens]  # parameters may be NumPy arrays, which no tracer indexes
+        x = self.place(jnp.asarray(self.tokens)[tokens], positions)  # parameters may be NumPy arrays, which no tracer indexes
+        return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.embed_scaled else x
+
+    def place(self, x, positions):
+        """Embeddings at these positions."""
         if self.config.positions == "learned":
             x = x + jnp.asarray(self.positions)[positions]
         return x.astype(self.config.dtype)
+
+
+class Prefix(nn.Module):
+    """Keys and values of virtual tokens, {"k", "v"} [L,1,P,G,K], as they are after their rotation."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self):
+        c = self.config
+        init, shape = declared(normal(0.02), "layers", None, "kv_heads", "head"), (c.layers, c.virtual, c.kv_heads, c.head_dim)
+        return {name: self.param(name, init, shape)[:, None] for name in "kv"}
+
+
+class Prompt(nn.Module):
+    """Embeddings of virtual tokens, [1,P,D]."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self):
+        c = self.config
+        return self.param("tokens", declared(normal(0.02), None, "embed"), (c.virtual, c.width))[None]
 
 
 class Decoder(nn.Module):
@@ -179,14 +210,24 @@ class Decoder(nn.Module):
         c = self.config
         self.embed = Embedding(c)
         block = Block if REMAT[c.remat] is None else nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+
+        def stack(count):
+            return nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=count,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c)
+
+        self.layers = stack(c.layers - c.top)
+        if c.top:
+            self.last = stack(c.top)
+        if c.virtual and c.adapter.kind == "prefix":
+            self.prefix = Prefix(c)
+        elif c.virtual:
+            self.prompt = Prompt(c)
         self.norm = Norm(c)
         if not c.tied:
             self.head = Head(c)
@@ -194,20 +235,57 @@ class Decoder(nn.Module):
             self.scalar = Scalar(c)
 
     def __call__(self, tokens, segments, cache=None, at=0):
-        keys = segments if cache is None else jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments, at, 1)
-        columns = keys.shape[1]
-        if columns > self.config.context and self.config.positions == "learned":
-            raise ValueError(f"rows of {columns} tokens, but this model has {self.config.context} learned positions")
-        positions = jax.lax.dynamic_slice_in_dim(positions_of(keys), at, tokens.shape[1], 1)
+        c, keys = self.config, segments
+        if cache is not None:
+            keys = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments, at, 1)
+        columns = c.virtual + keys.shape[1]
+        if columns > c.context and c.positions == "learned":
+            raise ValueError(f"rows of {columns} tokens, but this model has {c.context} learned positions")
+        positions = c.virtual + jax.lax.dynamic_slice_in_dim(positions_of(keys), at, tokens.shape[1], 1)
         where = {"segments": segments, "key_segments": keys, "positions": positions, "at": at}
+        layers = {"index": jnp.arange(c.layers)}  # what differs from layer to layer
+        if c.windows:
+            layers["window"] = jnp.asarray([window or EVERYTHING for window in c.windows])
+        if c.positions == "rope":
+            size = int(c.head_dim * c.rope_fraction)
+            kinds = [frequencies(size, c.rope_theta, c.rope_scaling)]
+            if c.local_theta is not None:
+                kinds.append(frequencies(size, c.local_theta))
+                layers["rope"] = jnp.asarray([int(window > 0) for window in c.windows])
+            where["inverse"] = jnp.stack(kinds)
+        if c.virtual:
+            layers["prefix"] = self.virtual(cache, layers, where)
         x = constrain_rows(self.embed(tokens, positions))
         kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-        (x, kv), _ = self.layers((x, kv), jnp.arange(self.config.layers), where)
-        return self.norm(x), None if cache is None else {**kv, "segments": keys}
+        x, kv = self.through(x, kv, layers, where)
+        if cache is not None:
+            cache = {**kv, "segments": keys} | {name: layers[name] for name in layers.keys() & {"prefix"}}
+        return self.norm(x), cache
+
+    def through(self, x, kv, layers, where):
+        """All layers, one after the other. -> x, cache"""
+        below = self.config.layers - self.config.top
+        (x, kv), _ = self.layers((x, kv), jax.tree.map(lambda of: of[:below], layers), where)
+        if self.config.top:
+            (x, kv), _ = self.last((x, kv), jax.tree.map(lambda of: of[below:], layers), where)
+        return x, kv
+
+    def virtual(self, cache, layers, where):
+        """Keys and values of the virtual tokens, {"k", "v"} [L,1,P,G,K]; a cache keeps what was read of them."""
+        c = self.config
+        if cache is not None and "prefix" in cache:
+            return cache["prefix"]
+        if c.adapter.kind == "prefix":
+            return self.prefix()
+        ones, positions = jnp.ones((1, c.virtual), jnp.int32), jnp.arange(c.virtual)[None]
+        blank = jnp.zeros((c.layers, 1, c.virtual, c.kv_heads, c.head_dim), c.dtype)
+        alone = where | {"segments": ones, "key_segments": ones, "positions": positions, "at": 0}
+        return self.through(self.embed.place(self.prompt(), positions), {"k": blank, "v": blank}, layers, alone)[1]
 
     def unembed(self, hidden):
         kernel = self.embed.tokens if self.config.tied else self.head()
-        return jnp.einsum("...d,vd->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.config.logit_cap)
 
     def to_scalar(self, hidden):
         return self.scalar(hidden)
@@ -218,25 +296,6 @@ class Decoder(nn.Module):
         return self.unembed(hidden), self.scalar(hidden) if self.config.scalar is not None else None
 
 
-class Head(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self):
-        return self.param("kernel", declared(_normal(0.02), "vocab", "embed"), (self.config.vocab, self.config.width))
-
-
-class Scalar(nn.Module):
-    """h . w + b in float32: a reward or a value."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, hidden):
-        kernel = self.param("kernel", declared(_normal(self.config.scalar), "scalar"), (self.config.width,))
-        return hidden.astype(jnp.float32) @ kernel + self.param("bias", declared(nn.initializers.zeros), ())
-
-
 def build(config: DecoderConfig) -> Model:
     """The model of this architecture, as pure functions."""
     module = Decoder(config)
@@ -245,7 +304,9 @@ def build(config: DecoderConfig) -> Model:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return module.init(key, tokens, jnp.ones_like(tokens), method="everything")["params"]
 
-    def apply(params, tokens, segments, cache=None, at=0):
+    def apply(params, tokens, segments, cache=None, at=0, source=None, source_segments=None):
+        if source is not None:
+            raise ValueError("the rows have a source, but a decoder alone has no encoder to read it")
         return module.apply({"params": params}, tokens, segments, cache, at)
 
     def unembed(params, hidden):

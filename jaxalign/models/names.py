@@ -1,33 +1,44 @@
-"""How checkpoints spell the decoder: one table a family for its tensors and one for its config, each read in both directions.
+"""How checkpoints spell our models: one table a family for its tensors and one for its config, each read in both directions.
 
-A row of a tensor table: name ({} is the layer), layout, leaves of the decoder's tree. A layout gives the tensor's axes, then the
-leaf's; axes in brackets are one flattened axis. Letters: V vocabulary, C context, D width, H heads, G key/value heads, K head size,
-M width of the MLP, N leaves that share one tensor, P = 2 and J = K/2 the members and the number of rotary pairs.
+A row of a tensor table: name ({} is the layer), layout, leaves of the model's tree. A layout gives the tensor's axes, then the
+leaf's; axes in brackets are one flattened axis; layouts joined by + are parts of one tensor along its first axis, a leaf each.
+Letters: V vocabulary, C context, D width, H heads, G key/value heads, K head size, M width of the MLP, R buckets of distances, N
+leaves that share one tensor, P = 2 and J = K/2 the members and the number of rotary pairs.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
+from jaxalign.models.decoder import DecoderConfig
+from jaxalign.models.encdec import EncDecConfig
+from jaxalign.models.spellings import all_but_each_nth, every_other, everywhere, from_a_layer_on
+
 REQUIRED = object()
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}  # ours: the spelling we write
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}  # ours: the spelling we write
 ACTIVATION_SPELLINGS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 ACTIVATION_SPELLINGS |= {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-BUFFERS = re.compile(r"\.((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")  # no parameters
+BUFFERS = re.compile(  # no parameters, or none that is used
+    r"\.((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq|EncDecAttention\.relative_attention_bias\.weight)$"
+)
 SCALAR = (("score.weight", "1 D -> D", "scalar.kernel"), ("score.bias", "1 -> ", "scalar.bias"))  # the bias is ours
 
 
 class Family(NamedTuple):
-    rows: tuple
+    rows: tuple  # or (config) -> tuple
     prefix: str  # of the names, which a file of the bare backbone leaves out
     architectures: tuple  # the classes of transformers: language model, classifier
-    fields: dict  # field of DecoderConfig: (key of config.json, value where the key is absent); key None: always that value
+    fields: dict  # field of the config: (key of config.json, value where the key is absent); key None: always that value
     rope: dict  # rotary key: its old spelling
     aliases: dict  # other spelling of a tensor: ours
+    slides: Callable = everywhere  # (config.json, layer) -> does it have the window, where layer_types does not say
+    config: type = DecoderConfig
+    copies: tuple = ()  # other tensors that hold the embedding
 
 
-def _norm(name, leaf, biased):
-    weight = (f"{name}.weight", "D -> D", f"{leaf}.scale")
-    return (weight, (f"{name}.bias", "D -> D", f"{leaf}.bias")) if biased else (weight,)
+def _norm(name, leaf, biased, axis="D"):
+    weight = (f"{name}.weight", f"{axis} -> {axis}", f"{leaf}.scale")
+    return (weight, (f"{name}.bias", f"{axis} -> {axis}", f"{leaf}.bias")) if biased else (weight,)
 
 
 def _linear(name, leaf, layout):
@@ -54,6 +65,39 @@ _LLAMA = (
     *SCALAR,
 )
 _QKV = ("layers.attention.q", "layers.attention.k", "layers.attention.v")
+_HEAD_NORMS = (
+    *_norm("model.layers.{}.self_attn.q_norm", "layers.attention.q_norm", False, "K"),
+    *_norm("model.layers.{}.self_attn.k_norm", "layers.attention.k_norm", False, "K"),
+)
+_QWEN3 = (*_LLAMA, *_HEAD_NORMS)
+_NO_NORMS = tuple(row for row in _LLAMA if "layernorm" not in row[0])
+_POST_NORMS = (
+    *_norm("model.layers.{}.post_attention_layernorm", "layers.attention_post_norm", False),
+    *_norm("model.layers.{}.post_feedforward_layernorm", "layers.mlp_post_norm", False),
+)
+_OLMO2 = (
+    *_NO_NORMS,
+    *_POST_NORMS,
+    ("model.layers.{}.self_attn.q_norm.weight", "(H K) -> H K", "layers.attention.q_norm.scale"),
+    ("model.layers.{}.self_attn.k_norm.weight", "(G K) -> G K", "layers.attention.k_norm.scale"),
+)
+_GEMMA2 = (
+    *_NO_NORMS,
+    *_norm("model.layers.{}.input_layernorm", "layers.attention_norm", False),
+    *_norm("model.layers.{}.pre_feedforward_layernorm", "layers.mlp_norm", False),
+    *_POST_NORMS,
+)
+_GEMMA3 = (*_GEMMA2, *_HEAD_NORMS)
+_FUSED = tuple(f"{name}_proj" for name in ("q", "k", "v", "gate", "up"))
+_PHI3 = (
+    *(row for row in _LLAMA if not row[0].removesuffix(".weight").removesuffix(".bias").endswith(_FUSED)),
+    (
+        "model.layers.{}.self_attn.qkv_proj.weight",
+        "(H K) D -> D H K + (G K) D -> D G K + (G K) D -> D G K",
+        *(f"{leaf}.kernel" for leaf in _QKV),
+    ),
+    ("model.layers.{}.mlp.gate_up_proj.weight", "(N M) D -> N D M", "layers.mlp.gate.kernel", "layers.mlp.up.kernel"),
+)
 _GPT2 = (  # Conv1D: kernels are [in, out]
     ("transformer.wte.weight", "V D -> V D", "embed.tokens"),
     ("transformer.wpe.weight", "C D -> C D", "embed.positions"),
@@ -85,6 +129,31 @@ _NEOX = (
     *SCALAR,
 )
 
+
+def _t5(config) -> tuple:
+    gated = config.gated
+
+    def side(name, crosses):
+        block, layers = f"{name}.block.{{}}.layer", f"{name}.layers"
+        attentions = [("0.SelfAttention", "attention"), *([("1.EncDecAttention", "cross")] if crosses else [])]
+        mlp = len(attentions)
+        wide = [("wi_0", "gate"), ("wi_1", "up")] if gated else [("wi", "up")]
+        for number, (theirs, ours) in enumerate(attentions):
+            yield from _norm(f"{block}.{number}.layer_norm", f"{layers}.{ours}_norm", False)
+            for x in "qkv":
+                yield from _linear(f"{block}.{theirs}.{x}", f"{layers}.{ours}.{x}", "(H K),D")
+            yield from _linear(f"{block}.{theirs}.o", f"{layers}.{ours}.o", "D,(H K)")
+        yield from _norm(f"{block}.{mlp}.layer_norm", f"{layers}.mlp_norm", False)
+        for theirs, ours in wide:
+            yield from _linear(f"{block}.{mlp}.DenseReluDense.{theirs}", f"{layers}.mlp.{ours}", "M,D")
+        yield from _linear(f"{block}.{mlp}.DenseReluDense.wo", f"{layers}.mlp.down", "D,M")
+        yield f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "R H -> R H", f"{name}.distances"
+        yield from _norm(f"{name}.final_layer_norm", f"{name}.norm", False)
+
+    embed, head = ("shared.weight", "V D -> V D", "embed.tokens"), ("lm_head.weight", "V D -> V D", "head.kernel")
+    return embed, *side("encoder", False), *side("decoder", True), head, *SCALAR
+
+
 _SIZES = {
     "vocab": ("vocab_size", REQUIRED),
     "width": ("hidden_size", REQUIRED),
@@ -112,7 +181,47 @@ _LLAMA_FIELDS = {
     "mlp_bias": ("mlp_bias", False),
     "tied": ("tie_word_embeddings", False),
 }
-_QWEN2_FIELDS = _LLAMA_FIELDS | {"qkv_bias": (None, True), "out_bias": (None, False), "mlp_bias": (None, False)}
+_WINDOWS = {"windows": ("sliding_window", 4096)}
+_NO_BIAS = {"qkv_bias": (None, False), "out_bias": (None, False), "mlp_bias": (None, False)}
+_QWEN2_FIELDS = _LLAMA_FIELDS | _WINDOWS | _NO_BIAS | {"qkv_bias": (None, True)}
+_QWEN3_FIELDS = _LLAMA_FIELDS | _WINDOWS | {"head_dim": ("head_dim", 128), "qk_norm": (None, "head"), "mlp_bias": (None, False)}
+_MISTRAL_FIELDS = _LLAMA_FIELDS | _WINDOWS | _NO_BIAS
+_PHI3_FIELDS = {
+    **_LLAMA_FIELDS,
+    **_NO_BIAS,
+    "norm_eps": ("rms_norm_eps", 1e-5),
+    "rope_fraction": ("partial_rotary_factor", 1.0),
+    "windows": ("sliding_window", None),
+}
+_OLMO2_FIELDS = {
+    **_LLAMA_FIELDS,
+    "norm_eps": ("rms_norm_eps", 1e-5),
+    "norm_place": (None, "post"),
+    "qk_norm": (None, "width"),
+    "mlp_bias": (None, False),
+}
+_GEMMA2_FIELDS = {
+    **_LLAMA_FIELDS,
+    **_WINDOWS,
+    "activation": ("hidden_activation", "gelu_pytorch_tanh"),
+    "head_dim": ("head_dim", 256),
+    "norm": (None, "rms_plus_one"),
+    "norm_place": (None, "both"),
+    "mlp_bias": (None, False),
+    "tied": ("tie_word_embeddings", True),
+    "query_size": ("query_pre_attn_scalar", 256),
+    "score_cap": ("attn_logit_softcapping", 50.0),
+    "logit_cap": ("final_logit_softcapping", 30.0),
+    "embed_scaled": (None, True),
+}
+_GEMMA3_FIELDS = {
+    **_GEMMA2_FIELDS,
+    "qk_norm": (None, "head"),
+    "rope_theta": ("rope_theta", 1e6),
+    "local_theta": ("rope_local_base_freq", 1e4),
+    "score_cap": (None, None),
+    "logit_cap": ("final_logit_softcapping", None),
+}
 _GPT2_FIELDS = {
     "vocab": ("vocab_size", REQUIRED),
     "width": ("n_embd", REQUIRED),
@@ -143,18 +252,46 @@ _NEOX_FIELDS = {
     "out_bias": ("attention_bias", True),
     "tied": ("tie_word_embeddings", False),
 }
+_T5_FIELDS = {
+    "vocab": ("vocab_size", REQUIRED),
+    "width": ("d_model", REQUIRED),
+    "encoder_layers": ("num_layers", REQUIRED),
+    "layers": ("num_decoder_layers", lambda f: f["encoder_layers"]),
+    "heads": ("num_heads", REQUIRED),
+    "head_dim": ("d_kv", REQUIRED),
+    "mlp": ("d_ff", REQUIRED),
+    "buckets": ("relative_attention_num_buckets", 32),
+    "furthest": ("relative_attention_max_distance", 128),
+    "norm_eps": ("layer_norm_epsilon", 1e-6),
+    "activation": ("dense_act_fn", REQUIRED),  # this and the next as feed_forward_proj says
+    "gated": ("is_gated_act", REQUIRED),
+    "tied": ("tie_word_embeddings", True),
+    "head_scaled": ("scale_decoder_outputs", lambda f: f["tied"]),
+    "start": ("decoder_start_token_id", 0),
+}
 _ROPE, _NEOX_ROPE = {"rope_theta": "rope_theta"}, {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+_PHI3_ROPE = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+
+
+def _classes(name, classifier=None):
+    return f"{name}ForCausalLM", f"{classifier or name}ForSequenceClassification"
+
+
 FAMILIES = {
-    "llama": Family(_LLAMA, "model.", ("LlamaForCausalLM", "LlamaForSequenceClassification"), _LLAMA_FIELDS, _ROPE, {}),
-    "qwen2": Family(_LLAMA, "model.", ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"), _QWEN2_FIELDS, _ROPE, {}),
+    "llama": Family(_LLAMA, "model.", _classes("Llama"), _LLAMA_FIELDS, _ROPE, {}),
+    "qwen2": Family(_LLAMA, "model.", _classes("Qwen2"), _QWEN2_FIELDS, _ROPE, {}, from_a_layer_on),
     "gpt2": Family(_GPT2, "transformer.", ("GPT2LMHeadModel", "GPT2ForSequenceClassification"), _GPT2_FIELDS, {}, {}),
-    "gpt_neox": Family(
-        _NEOX,
-        "gpt_neox.",
-        ("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"),
-        _NEOX_FIELDS,
-        _NEOX_ROPE,
-        {"embed_out.weight": "lm_head.weight"},
+    "gpt_neox": Family(_NEOX, "gpt_neox.", _classes("GPTNeoX"), _NEOX_FIELDS, _NEOX_ROPE, {"embed_out.weight": "lm_head.weight"}),
+    "mistral": Family(_LLAMA, "model.", _classes("Mistral"), _MISTRAL_FIELDS, _ROPE, {}),
+    "phi3": Family(_PHI3, "model.", _classes("Phi3"), _PHI3_FIELDS, _PHI3_ROPE, {}),
+    "qwen3": Family(_QWEN3, "model.", _classes("Qwen3"), _QWEN3_FIELDS, _ROPE, {}, from_a_layer_on),
+    "olmo2": Family(_OLMO2, "model.", _classes("Olmo2"), _OLMO2_FIELDS, _ROPE, {}),
+    "gemma2": Family(_GEMMA2, "model.", _classes("Gemma2"), _GEMMA2_FIELDS, _ROPE, {}, every_other),
+    "gemma3_text": Family(_GEMMA3, "model.", _classes("Gemma3", "Gemma3Text"), _GEMMA3_FIELDS, _ROPE, {}, all_but_each_nth),
+    "t5": Family(
+        *(_t5, "", ("T5ForConditionalGeneration",) * 2, _T5_FIELDS, {}, {}),  # transformers has no class of its scalar head
+        config=EncDecConfig,
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     ),
 }
 LACKING = {  # keys that change what a model computes: the one value (beside null) that means what the decoder does
@@ -170,6 +307,7 @@ LACKING = {  # keys that change what a model computes: the one value (beside nul
     "qk_layernorm": False,
     "use_qk_norm": False,
     "use_mrope": False,
+    "use_bidirectional_attention": False,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }

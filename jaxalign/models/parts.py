@@ -1,0 +1,180 @@
+"""What all models are made of: norms, linear maps, MLPs, heads. Parameters are declared with their logical axes (shard.RULES).
+
+A part reads the fields of the config that it needs: of a `decoder.DecoderConfig` or an `encdec.EncDecConfig`.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxalign.shard import declared
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+AT_INPUT = "mlp.down"  # where ia3 is at the input of a dense layer
+ADAPTERS = ("lora", "ia3", "prefix", "prompt", "last", "head")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What of a model is trained instead of all its weights, and what is added to it for that. `models.adapters` has the rest.
+
+    lora    y = x W + s (x A) B on dense layers; s = alpha/rank (Hu et al. 2021), or alpha/sqrt(rank) (rsLoRA, Kalajdzievski 2023)
+    ia3     a dense layer's output, or the input of an MLP's way down, times a vector (Liu et al. 2022)
+    prefix  keys and values of each layer, that every document attends to as its first tokens (Li & Liang 2021)
+    prompt  embeddings, that every document has as its first tokens (Lester et al. 2021)
+    last    the last layers themselves
+    head    nothing but the scalar head
+
+    A scalar head is trained with any of them. lora and ia3 change nothing until they are trained.
+    """
+
+    kind: str  # ADAPTERS
+    targets: str = (
+        "attention|mlp"  # lora, ia3: regular expression, searched in names such as "layers.attention.q", "layers.mlp.down"
+    )
+    rank: int = 16  # lora
+    alpha: float = 32.0  # lora
+    rank_stabilised: bool = False  # lora: s = alpha/sqrt(rank)
+    length: int = 16  # prefix, prompt: tokens; they take as many of a model's positions
+    layers: int = 2  # last
+
+    def __post_init__(self):
+        if self.kind not in ADAPTERS:
+            raise ValueError(f"adapter kind = {self.kind!r}; there are {', '.join(ADAPTERS)}")
+        if min(self.rank, self.length, self.layers) < 1 or not self.alpha > 0:
+            raise ValueError(f"rank, alpha, length and layers are above 0: {self}")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"adapter targets = {self.targets!r} is no regular expression: {error}") from error
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+    @property
+    def virtual(self) -> int:
+        """How many tokens stand before each document."""
+        return self.length if self.kind in ("prefix", "prompt") else 0
+
+
+def normal(std):
+    return nn.initializers.normal(std)
+
+
+def uniform(key, shape, dtype=jnp.float32, *, bound):
+    """Between -bound and bound."""
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Norm(nn.Module):
+    config: Any
+    shape: tuple = ()  # of the last axes of x, which are normalised together; (): the width
+    names: tuple = ("embed",)  # of these axes
+
+    @nn.compact
+    def __call__(self, x):
+        c, shape, x32 = self.config, self.shape or (self.config.width,), x.astype(jnp.float32)
+        axes, ones = tuple(range(-len(shape), 0)), (1,) * (x.ndim - len(shape))
+
+        def parameter(name, init):
+            return self.param(name, declared(init, *self.names), shape).reshape(ones + shape)
+
+        if c.norm == "layer":
+            x32 = x32 - x32.mean(axes, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt((x32**2).mean(axes, keepdims=True) + c.norm_eps)
+        if c.norm == "rms_plus_one":
+            x32 = x32 * (1 + parameter("scale", nn.initializers.zeros))
+        else:
+            x32 = x32 * parameter("scale", nn.initializers.ones)
+        if c.norm == "layer":
+            x32 = x32 + parameter("bias", nn.initializers.zeros)
+        return x32.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x times a kernel, contracting x's last axes with the kernel's first; and what an adapter adds that targets this layer."""
+
+    shape: tuple  # of the kernel
+    names: tuple  # of the kernel's axes
+    contract: int = 1  # how many axes of x are summed over
+    bias: bool = False
+    std: float = 0.02
+    adapter: Adapter | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        (ins, outs), (in_names, out_names) = ((of[: self.contract], of[self.contract :]) for of in (self.shape, self.names))
+        kernel = self.param("kernel", declared(normal(self.std), *self.names), self.shape)
+        bias = self.param("bias", declared(nn.initializers.zeros, *out_names), outs) if self.bias else None
+        name = ".".join(self.path)
+        kind = self.adapter.kind if self.adapter and re.search(self.adapter.targets, name) else None
+
+        def times(y, shape, names):
+            return y * self.param("ia3", declared(nn.initializers.ones, *names), shape).astype(y.dtype)[None, None]
+
+        def product(x, kernel, contract):
+            axes = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
+            return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+
+        if kind == "ia3" and name.endswith(AT_INPUT):
+            x = times(x, ins, in_names)
+        y = product(x, kernel, self.contract)
+        if kind == "lora":
+            rank, bound = self.adapter.rank, math.prod(ins) ** -0.5
+            a = self.param("lora_a", declared(partial(uniform, bound=bound), *in_names, None), (*ins, rank))
+            b = self.param("lora_b", declared(nn.initializers.zeros, None, *out_names), (rank, *outs))
+            y = y + product(product(x, a, self.contract) * self.adapter.scale, b, 1)
+        if bias is not None:
+            y = y + bias.astype(x.dtype)[None, None]
+        return times(y, outs, out_names) if kind == "ia3" and not name.endswith(AT_INPUT) else y
+
+
+class Mlp(nn.Module):
+    config: Any
+    stds: tuple  # of the kernels into the hidden layer, and out of it
+
+    @nn.compact
+    def __call__(self, x):
+        c, act = self.config, ACTIVATIONS[self.config.activation]
+        wide = {"shape": (c.width, c.mlp), "names": ("embed", "mlp"), "bias": c.mlp_bias, "std": self.stds[0], "adapter": c.adapter}
+        up = Linear(**wide, name="up")(x)
+        hidden = act(Linear(**wide, name="gate")(x)) * up if c.gated else act(up)
+        down = Linear((c.mlp, c.width), ("mlp", "embed"), bias=c.mlp_bias, std=self.stds[1], adapter=c.adapter, name="down")
+        return down(hidden)
+
+
+class Head(nn.Module):
+    config: Any
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", declared(normal(self.std), "vocab", "embed"), (self.config.vocab, self.config.width))
+
+
+class Scalar(nn.Module):
+    """h . w + b in float32: a reward or a value."""
+
+    config: Any
+
+    @nn.compact
+    def __call__(self, hidden):
+        kernel = self.param("kernel", declared(normal(self.config.scalar), "scalar"), (self.config.width,))
+        return hidden.astype(jnp.float32) @ kernel + self.param("bias", declared(nn.initializers.zeros), ())
