@@ -1,6 +1,29 @@
 """Settings. Each file's get_config(variant) gives all of an experiment's; a key that is not here is a mistake."""
 
-LOOP = {"log_every": 10, "save_every": 100, "save_seconds": 600.0, "keep": 2, "sinks": ()}  # sinks: "tensorboard", "wandb"
+LOOP = {
+    "log_every": 10,  # updates
+    "save_every": 100,
+    "save_seconds": 600.0,
+    "keep": 2,  # the last checkpoints
+    "keep_every": 0,  # and those of multiples of this
+    "best": "",  # and the best by this metric of a held-out set; "-nll/held_out" where less is better
+    "verify": True,  # compare digests of what is read; takes seconds where a model is large
+    "patience": 10,  # updates skipped in a row that end the run
+    "stuck_seconds": 1800.0,  # a step that takes longer, and 20 times longer than any before, ends the run
+    "sinks": (),  # "tensorboard", "wandb"
+}
+
+GUARD = {"sigmas": 0.0, "window": 100}  # std of the gradient norms of the last `window` updates: how many make a spike; 0: none
+
+ADAPTER = {  # what is trained of a model that is there
+    "kind": "none",  # all of it; lora, ia3, prefix, prompt, last (layers), head (the scalar head, which all of them train, alone)
+    "targets": "attention|mlp",  # lora, ia3: regular expression for names of dense layers: layers.attention.q, layers.mlp.down
+    "rank": 16,  # lora
+    "alpha": 32.0,  # lora: x A B comes times alpha/rank
+    "rank_stabilised": False,  # lora: times alpha/sqrt(rank)
+    "length": 16,  # prefix, prompt: tokens
+    "layers": 2,  # last
+}
 
 
 def follow(config, stage, *sections):

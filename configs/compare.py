@@ -19,7 +19,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.gold = {"lexicon": "reviews"}  # or a .jsonl file of {"token", "valence"}
     config.annotator = {"temperature": 0.5}  # points of the gold score; 0.5 is a careful but human judge
     config.run = {"batch": 256}
-    config.stages = {"sft": sft.get_config("tiny" if variant == "tiny" else "reviews")}
+    config.stages = {"sft": sft.get_config(variant if variant in ("tiny", "t5") else "reviews")}
     follow(config, config.stages.sft)
     return VARIANTS[variant](config)
 
@@ -46,4 +46,9 @@ def smollm2(config):
     return config
 
 
-VARIANTS = {"reviews": reviews, "tiny": tiny, "smollm2": smollm2}
+def t5(config):
+    """The same by an encoder-decoder."""
+    return config
+
+
+VARIANTS = {"reviews": reviews, "tiny": tiny, "t5": t5, "smollm2": smollm2}

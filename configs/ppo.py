@@ -13,7 +13,7 @@ smollm2   seed 0, 12 min: gold 0.36 to 1.86 ± 0.29 at a KL of 3.1 nats (target 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import LOOP, follow, reward
+from configs import ADAPTER, GUARD, LOOP, follow, reward
 
 
 def get_config(variant: str = "reviews") -> ConfigDict:
@@ -21,7 +21,8 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.seed = 0
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}  # policy and reference
-    config.reward_model = {"source": "stage:reward", "tokenizer": "", "dtype": "float32", "remat": "none"}
+    # doubt: of an ensemble (stages.reward.run.members), what the variance of its scores costs; inf: its worst score counts
+    config.reward_model = {"source": "stage:reward", "tokenizer": "", "dtype": "float32", "remat": "none", "doubt": 0.0}
     config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "chat": False, "length": 16}
     config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     config.unended = {"replace": placeholder(float), "penalty": 0.0}  # the score of a response that has no EOS
@@ -36,6 +37,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
         "value_weight": 0.5,
         "entropy_weight": 0.0,
     }
+    config.adapter = ADAPTER
     config.optim = {
         "learning_rate": 5e-4,
         "warmup": 0,
@@ -47,9 +49,27 @@ def get_config(variant: str = "reviews") -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
     }
-    config.run = {"iterations": 60, "batch": 128, "epochs": 4, "minibatches": 2, "accumulate": 1}
-    config.loop = {**LOOP, "log_every": 1, "save_every": 20}
-    config.evaluate = {"prompts": 256, "every": 20, "samples": 16}  # prompts that PPO never trains on; iterations; samples shown
+    # stop_kl: nats a token from the policy that sampled (approx_kl), above which the rest of a rollout's updates is not applied;
+    # most_abstained: share of responses whose reward may fail. group: responses to a prompt, of the batch's. reuse: iterations that
+    # responses serve, with importance weights of at most importance_cap. critic: "shared", a head on the policy's trunk, or "own",
+    # which starts as the reward model
+    config.run = {
+        "iterations": 60,
+        "batch": 128,
+        "group": 1,
+        "reuse": 1,
+        "importance_cap": 2.0,
+        "critic": "shared",
+        "epochs": 4,
+        "minibatches": 2,
+        "accumulate": 1,
+        "stop_kl": placeholder(float),
+        "most_abstained": 0.25,
+    }
+    config.guard = GUARD
+    config.loop = {**LOOP, "log_every": 1, "save_every": 160}  # in updates: epochs x minibatches of them an iteration
+    # prompts that PPO never trains on; iterations between two looks at them, 0: none; samples shown
+    config.evaluate = {"prompts": 256, "every": 20, "samples": 16}
     config.gold = {"lexicon": "reviews"}  # reported, never seen by policy or reward model; a .jsonl file, or "" for none
     made = reward.get_config(variant)
     config.stages = {**made.stages, "reward": made}
@@ -68,7 +88,7 @@ def tiny(config):
     """Seconds: to see that everything runs."""
     config.prompts.count = 64
     config.run.update(iterations=2, batch=16)
-    config.loop.save_every = 1
+    config.loop.save_every = 8
     config.evaluate.update(prompts=16, every=1)
     return config
 
@@ -81,10 +101,15 @@ def smollm2(config):
     config.kl.update(beta=0.05, target=4.0, horizon=400.0)
     config.optim.update(learning_rate=2e-5, decay="constant")
     config.run.update(iterations=24, batch=16, epochs=2)
-    config.loop.save_every = 12
+    config.loop.save_every = 48
     config.evaluate.update(prompts=64, every=12)
     config.gold.lexicon = "../shared/data/sentiment/vader_lexicon.jsonl"
     return config
 
 
-VARIANTS = {"reviews": reviews, "tiny": tiny, "smollm2": smollm2}
+def t5(config):
+    """The same with an encoder-decoder as policy, reference and reward model."""
+    return config
+
+
+VARIANTS = {"reviews": reviews, "tiny": tiny, "t5": t5, "smollm2": smollm2}

@@ -12,29 +12,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.launch import ARCHITECTURE
-from jaxalign import keys, shard
+from jaxalign import keys, models, shard
 from jaxalign.data import reviews, sources, tables, text
-from jaxalign.models import checkpoints, decoder
+from jaxalign.models import adapters, checkpoints
+from jaxalign.models.parts import Adapter
 from jaxalign.rewards import score_texts, sentiment
 from jaxalign.sample import sample
 from jaxalign.train import checkpoint, log
-from jaxalign.types import Batch, Model, TrainState
+from jaxalign.types import Batch, Model, TrainState, join
 
 HEADS = {"value": lambda width: 0.0, "reward": lambda width: (width + 1) ** -0.5}  # Ziegler et al. 2019
 GENERATED = {"reviews": reviews.reviews, "openings": reviews.openings}  # sources that need no file
 
 
 class Loaded(NamedTuple):
-    """A model on a mesh, its tokenizer, and digests that tell them from others."""
+    """A model on a mesh, its tokenizer, and digests that tell them from others.
+
+    base: of a model with an adapter, the source of its other weights, and their digest.
+    """
 
     model: Model
     params: Any
     tokenizer: Any
     digest: str
     tokenizer_digest: str
+    base: dict | None = None
 
 
-def load(source: str, settings, mesh, *, seed: int, scratch=None, head: str | None = None, draw_head: bool = True) -> Loaded:
+def load(
+    source: str, settings, mesh, *, seed: int, scratch=None, head: str | None = None, draw_head: bool = True, adapter=None
+) -> Loaded:
     """The model of a source: as checkpoints.load has them, a run's folder that has no model yet but checkpoints, or "scratch", a
     new one of the architecture in the `scratch` section.
 
@@ -42,24 +49,23 @@ def load(source: str, settings, mesh, *, seed: int, scratch=None, head: str | No
         settings: the config's model section.
         head: the scalar head to have, "value" or "reward" (HEADS: the std of its kernel's first values).
         draw_head: draw that head where the source brings none; else that is an error.
+        adapter: the config's section of a model that is to be trained: the fields of models.parts.Adapter; kind "none": train all.
     """
     key, form = keys.key(seed, "init"), {"dtype": settings.dtype, "remat": settings.remat}
     if source == "scratch":
         named = settings.tokenizer or scratch.tokenizer
         tokenizer = reviews.tokenizer() if named == "reviews" else checkpoints.tokenizer(named)
-        architecture, host = decoder.DecoderConfig(vocab=len(tokenizer), **scratch.architecture, **form), None
-    elif (Path(source) / ARCHITECTURE).exists() and not (Path(source) / "model").exists():
-        tokenizer = checkpoints.tokenizer(settings.tokenizer or Path(source) / "tokenizer")
-        saved = json.loads((Path(source) / ARCHITECTURE).read_text()) | form
-        if head and not draw_head and saved["scalar"] != HEADS[head](saved["width"]):
-            raise ValueError(f"{source} holds no {head} head: its checkpoints are of another kind of run")
-        architecture = decoder.DecoderConfig(**saved)
-        like = shard.unbox(jax.eval_shape(decoder.build(architecture).init, key))
-        host = checkpoint.load_params(Path(source) / "checkpoints", like)
+        architecture, host, base = models.config_of({"vocab": len(tokenizer), **scratch.architecture, **form}), None, None
     else:
-        tokenizer = checkpoints.tokenizer(settings.tokenizer or source)
-        architecture, host = checkpoints.load(source, **form)
-    model = decoder.build(replace(architecture, scalar=HEADS[head](architecture.width) if head else None))
+        tokenizer, architecture, host, base = _read(source, settings, form, key)
+        std = HEADS[head](architecture.width) if head else None
+        if head and not draw_head and "scalar" in host and not np.isclose(architecture.scalar, std):
+            raise ValueError(f"{source} holds no {head} head: its checkpoints are of another kind of run")
+    wanted = Adapter(**adapter) if adapter is not None and adapter.kind != "none" else None
+    own = architecture.adapter
+    if own and adapter is not None and (wanted is None or (own.kind, own.virtual) != (wanted.kind, wanted.virtual)):
+        raise ValueError(f"{source} has a {own.kind} of {own.length}; adapter.kind and length say the same, to train it on")
+    model = models.build(replace(architecture, scalar=HEADS[head](architecture.width) if head else None))
     if host is None:
         params, _ = shard.create(model.init, mesh, key)
     else:
@@ -69,9 +75,41 @@ def load(source: str, settings, mesh, *, seed: int, scratch=None, head: str | No
             if not draw_head:
                 raise ValueError(f"{source} has no scalar head (score.weight): experiments.reward makes a reward model of it")
             host["scalar"] = shard.fetch(jax.jit(lambda key: shard.unbox(model.init(key)["scalar"]))(key))
+        if wanted and not own:
+            adapted, host = adapters.adapt(model.config, host, wanted, jax.random.fold_in(key, 1))
+            under = str(Path(source).resolve()) if Path(source).exists() else source
+            model, base = models.build(adapted), {"source": under, "digest": digest(_frozen(adapted, host))}
         params = shard.put(host, shard.shardings(jax.eval_shape(model.init, key), mesh))
     words = tokenizer.backend_tokenizer.to_str().encode()
-    return Loaded(model, params, tokenizer, digest(params), hashlib.sha256(words).hexdigest()[:16])
+    return Loaded(model, params, tokenizer, digest(params), hashlib.sha256(words).hexdigest()[:16], base)
+
+
+def _read(source: str, settings, form: dict, key):
+    """-> tokenizer, architecture, host parameters, Loaded.base. An adapter is merged with the weights that it was trained on."""
+    folder = Path(source)
+    if not (folder / ARCHITECTURE).exists() or (folder / "model").exists():
+        return checkpoints.tokenizer(settings.tokenizer or source), *checkpoints.load(source, **form), None
+    tokenizer = checkpoints.tokenizer(settings.tokenizer or folder / "tokenizer")
+    saved = json.loads((folder / ARCHITECTURE).read_text()) | form
+    base = saved.pop("base", None)
+    architecture = models.config_of(saved)
+    like = shard.unbox(jax.eval_shape(models.build(architecture).init, key))
+    host = checkpoint.load_params(folder / "checkpoints", adapters.split(like, adapters.trained_leaves(architecture))[1])
+    if base is None:
+        return tokenizer, architecture, host, None
+    _, plain, below, _ = _read(base["source"], settings, form, key)
+    below = {name: part for name, part in below.items() if name != "scalar"}  # which is the run's own
+    below |= {"scalar": host["scalar"]} if "scalar" in host else {}
+    below = adapters.adapt(replace(plain, scalar=architecture.scalar), below, architecture.adapter, jax.random.fold_in(key, 2))[1]
+    if digest(_frozen(architecture, below)) != base["digest"]:
+        raise ValueError(f"{base['source']} is no longer the model that the adapter in {source} was trained on")
+    if architecture.adapter.virtual:
+        return tokenizer, architecture, join(below, host), base
+    return tokenizer, *adapters.merge(architecture, join(below, host)), None
+
+
+def _frozen(architecture, params):
+    return adapters.split(params, adapters.trained_leaves(architecture))[0]
 
 
 def digest(tree) -> str:
@@ -84,14 +122,22 @@ def digest(tree) -> str:
 
 
 def new_state(loaded: Loaded, tx, mesh, **carried):
-    """The state before the first step, made where it belongs, sharing no buffer with `loaded`. -> (TrainState, its shardings)"""
+    """The state before the first step, made where it belongs. -> (TrainState, its shardings)
+
+    It shares the frozen arrays with `loaded`, and no other.
+
+    Args: carried: what TrainState.loop holds, by name; arrays whose rows are to be split, in the boxes of shard.declare_rows.
+    """
 
     def make(params):
         params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.int32(0), params, tx.init(params), {name: jnp.float32(value) for name, value in carried.items()})
+        return TrainState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.asarray, carried))
 
-    where = shard.shardings(jax.eval_shape(lambda key: make(loaded.model.init(key)), jax.random.key(0)), mesh)
-    return jax.jit(make, out_shardings=where)(loaded.params), where
+    leaves = adapters.trained_leaves(loaded.model.config)
+    frozen, trained = adapters.split(loaded.params, leaves)
+    abstract = jax.eval_shape(lambda key: make(adapters.split(loaded.model.init(key), leaves)[1]), jax.random.key(0))
+    where = shard.shardings(abstract, mesh)
+    return jax.jit(lambda params: shard.unbox(make(params)), out_shardings=where)(trained).replace(frozen=frozen), where
 
 
 def read_rows(source: str, count: int, *, seed: int) -> list[dict]:
@@ -99,7 +145,7 @@ def read_rows(source: str, count: int, *, seed: int) -> list[dict]:
     if source in GENERATED:
         if not count:
             raise ValueError(f"{source!r} has no end: say how many rows, by `count`")
-        return [{"text": text} for text in GENERATED[source](count, seed=seed)]
+        return [{"text": text} | reviews.cut(text) for text in GENERATED[source](count, seed=seed)]
     name, _, split = source.partition("@") if source.startswith("hub:") else (source, "", "")
     rows = sources.read(name, split=split or "train")
     return rows[:count] if count else rows
@@ -112,11 +158,24 @@ def split(items: list, held_out: int, name: str):
     return items[:-held_out], items[-held_out:]
 
 
-def document(tokenizer, prompt: str, answer: str | None, *, chat: bool, eos: bool = True) -> text.Document:
+def start_of(model: Model) -> int | None:
+    """The token that an encoder-decoder starts to decode with; None for a decoder."""
+    return getattr(model.config, "start", None)
+
+
+def document(
+    tokenizer, prompt: str, answer: str | None, *, chat: bool, eos: bool = True, start: int | None = None
+) -> text.Document:
     """A prompt, and its answer as the targets (None: to be sampled): as turns of a user and the assistant, or one behind the other.
 
-    Args: eos: end a plain answer with EOS; an assistant's turn always has its end.
+    Args:
+        eos: end a plain answer with EOS; an assistant's turn always has its end.
+        start: of `start_of`: the prompt is for the encoder then, and the answer for the decoder. ValueError where it is a chat.
     """
+    if start is not None:
+        if chat:
+            raise ValueError("chat = True is for decoders, whose turns stand one behind the other; this is an encoder-decoder")
+        return text.source_target(tokenizer, prompt, answer or "", start=start, eos=eos and answer is not None)
     if chat:
         asked = {"role": "user", "content": prompt}
         said = [] if answer is None else [{"role": "assistant", "content": answer}]
@@ -132,36 +191,53 @@ def collect(rows, make, *, length: int, source: str, **settings) -> tables.Table
     return table
 
 
-def openings(tokenizer, *, source: str, count: int, template: str, length: int, chat: bool, seed: int) -> list[text.Document]:
-    """Prompts to be continued: each row's filled template, as a user's turn or, plain, its first `length` tokens."""
+def openings(
+    tokenizer, *, source: str, count: int, template: str, length: int, chat: bool, seed: int, start: int | None = None
+) -> list[text.Document]:
+    """Prompts to be continued: each row's filled template, as a user's turn or, plain, its first `length` tokens.
+
+    Args: start: of `start_of`.
+    """
 
     def make(row):
-        return document(tokenizer, text.fill(template, row), None, chat=chat)
+        return document(tokenizer, text.fill(template, row), None, chat=chat, start=start)
 
     rows, keep = read_rows(source, count, seed=seed), "end" if chat else "start"
     return collect(rows, make, length=length, source=source, keep=keep, targets=False).documents
 
 
+def prompt_columns(model: Model, length: int) -> tuple[int, int]:
+    """Of rows of prompts of at most `length` tokens: columns, and columns of the source, where an encoder-decoder has them."""
+    return (length, 0) if start_of(model) is None else (1, length)
+
+
 def rows_of(documents, numbers, length: int, mesh, vocab: int):
-    """Prompts by number, left-padded, on the mesh."""
-    batch = tables.pad([documents[n] for n in numbers], length, side="left")
+    """Prompts by number, left-padded, on the mesh; columns as of `prompt_columns`."""
+    found = [documents[n] for n in numbers]
+    batch = tables.pad(found, length if found[0].source is None else 1, side="left", source_length=length)
     return shard.place(tables.check(batch, vocab, targets=False), mesh)
 
 
 def sampler(model: Model, mesh, eos: int, settings):
-    """The compiled sampler: (params, keys, prompts) -> Batch."""
+    """The compiled sampler: (params, keys, prompts) -> Batch. ValueError without an EOS: nothing would ever end."""
+    if eos is None:
+        raise ValueError("this tokenizer has no EOS token, so no response would ever end: set its eos_token")
     draw = partial(sample, model, eos=eos, **settings)
     return shard.on_mesh(jax.jit(lambda params, row_keys, prompts: draw(params, row_keys, prompts)[0]), mesh)
 
 
+def ids(batch: Batch) -> list[tuple[list, list]]:
+    """The tokens of each row's prompt, which an encoder-decoder has as its source, and of the response."""
+    batch = shard.fetch(batch)
+    written = batch.weights > 0
+    prompt = (batch.tokens, (batch.segments > 0) & ~written) if batch.source is None else (batch.source, batch.source_segments > 0)
+    rows = zip(*prompt, batch.tokens, written, strict=True)
+    return [(read[real].tolist(), tokens[targets].tolist()) for read, real, tokens, targets in rows]
+
+
 def texts(tokenizer, batch: Batch) -> list[tuple[str, str]]:
     """Prompt and response of each row; special tokens are left out."""
-    tokens, real, written = shard.fetch((batch.tokens, batch.segments > 0, batch.weights > 0))
-
-    def decode(mask):
-        return [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask, strict=True)]
-
-    return list(zip(decode(real & ~written), decode(written), strict=True))
+    return [tuple(tokenizer.decode(part, skip_special_tokens=True) for part in row) for row in ids(batch)]
 
 
 def gold_reward(lexicon: str):
@@ -172,7 +248,7 @@ def gold_reward(lexicon: str):
     valences = reviews.VALENCES
     if lexicon != "reviews":
         rows = sources.read(lexicon)
-        sources.require(rows, ("token", "valence"), lexicon)
+        sources.require(rows, ("token", "valence"), lexicon, numbers=("valence",))
         valences = {row["token"]: row["valence"] for row in rows}
     return partial(score_texts, partial(sentiment, valences=valences))
 

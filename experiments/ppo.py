@@ -1,7 +1,8 @@
 """RLHF with PPO: python -m experiments.ppo --config=configs/ppo.py
 
 From prompts to an aligned model, top to bottom. Read on in jaxalign/rollout.py (rewards and advantages),
-jaxalign/objectives/online.py (the loss) and jaxalign/train/step.py (the update).
+jaxalign/objectives/online.py (the loss) and jaxalign/train/step.py (the update). Another algorithm is another `Algorithm` for
+`run`, in a file such as experiments/grpo.py.
 """
 
 import json
@@ -15,13 +16,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, compare, launch, reward, sft
-from jaxalign import keys, rewards, rollout, score, shard
+from experiments import common, compare, ensemble, launch, reward, sft
+from jaxalign import keys, rewards, rollout, shard
 from jaxalign.data import tables
 from jaxalign.objectives.online import ppo
 from jaxalign.ops import advantages
 from jaxalign.train import loop, optim
 from jaxalign.train.step import make_step
+
+
+class Algorithm(NamedTuple):
+    """What tells one algorithm from another, each by the config: code is chosen here, values there."""
+
+    objective: Any  # (config, model) -> (params, data) -> (sum, sums)
+    assemble: Any  # (config) -> (batch, logp, ref_logp, value, scores, beta) -> Rollout
+    critic: Any = lambda config: "none"  # or "shared", a head on the policy's trunk; or "own", which starts as the reward model
+    greedy: Any = lambda config: False  # whether the score of the likeliest response is its prompt's value
+    data: Any = lambda config, model: lambda rollout: rollout  # (Rollout of whole groups, ...) -> what the objective learns from
+    beside: Any = lambda config, policy, mesh: None  # or (i) -> what `data` is given for update i, beside the rollout
+
+
+PPO = Algorithm(
+    objective=lambda config, model: partial(ppo, model=model, temperature=config.sample.temperature, **config.objective),
+    assemble=lambda config: partial(rollout.assemble, **config.advantage),
+    critic=lambda config: config.run.critic,
+)
 
 
 class Job(NamedTuple):
@@ -31,17 +50,81 @@ class Job(NamedTuple):
     mesh: Any
     vocab: int
     reference: Any  # parameters
-    judge: Any  # parameters of the reward model
+    judge: Any  # parameters of the reward models, a list
     prompts: list
     held_out: list  # prompts that are not among those
     draw: Any  # (params, keys, prompts) -> Batch
+    greedy: Any  # None, or the same without chance
     judged: Any  # (judge, batch) -> f32 [B]
     ended: Any  # (batch) -> f32 [B], 1 where the response has its EOS
     said: Any  # (params, batch) -> (logp, entropy, value)
     assemble: Any  # (batch, logp, ref_logp, value, scores, beta) -> Rollout
     describe: Any  # (rollout, entropy) -> metrics
-    take: Any  # (rollout, numbers of rows) -> Rollout
-    update: Any  # (state, rollout) -> (state, metrics)
+    corrected: Any  # (rollout, drawn_logp) -> both, for responses that an earlier policy drew
+    beside: Any  # None, or (i) -> what update i learns from beside the rollout
+    take: Any  # (rollout, numbers of rows, ...) -> the objective's data
+    update: Any  # (state, data) -> (state, metrics)
+
+
+def updates_of(run) -> int:
+    """Updates that learn from one rollout."""
+    return run.epochs * run.minibatches
+
+
+def step(job: Job, state, i: int):
+    """Update i of the run: on a new rollout where the one before has been used up, E epochs of M updates. -> (state, metrics)"""
+    iteration, update = divmod(i, updates_of(job.config.run))
+    said = {}
+    if update == 0:
+        state, said = collect(job, state, iteration)
+    run = job.config.run
+    epoch, part = divmod(update, run.minibatches)
+    order = jax.random.permutation(keys.key(job.config.seed, "shuffle", iteration, epoch), run.batch // run.group)
+    groups = jnp.split(order, run.minibatches)[part]  # the samples of a prompt stay together
+    rows = (groups[:, None] * run.group + jnp.arange(run.group)[None]).ravel()
+    more = [job.beside(i)] if job.beside else []
+    state, metrics = job.update(state, job.take(state.loop["rollout"], rows, *more))
+    return state, metrics | said  # policy/entropy is that of the rollout, where there is a new one
+
+
+def collect(job: Job, state, iteration: int):
+    """Sample, score, and a new price of KL for the next time. -> (the state, which holds the rollout; metrics)
+
+    `run.group` responses to each prompt; they serve `run.reuse` iterations, each of which scores them by the policy as it is then.
+    """
+    config, run, clock = job.config, job.config.run, [time.perf_counter()]
+    fresh, times_used = divmod(iteration, run.reuse)
+    numbers = np.repeat(tables.order(len(job.prompts), run.batch // run.group, seed=config.seed, step=fresh), run.group)
+    if times_used:
+        batch, scores = state.loop["rollout"].batch, state.loop["rollout"].score
+    else:
+        batch, scores = jax.block_until_ready(respond(job, state.model_params, job.prompts, numbers, "sample", iteration))
+    clock.append(time.perf_counter())
+
+    logp, entropy, value = job.said(state.model_params, batch)
+    ref_logp, _, _ = job.said(job.reference, batch)
+    if job.greedy:  # ReMax (Li et al. 2024): as a value of every token it is a baseline
+        _, likeliest = respond(job._replace(draw=job.greedy), state.model_params, job.prompts, numbers, "sample", iteration)
+        value = jnp.broadcast_to(jnp.nan_to_num(likeliest)[:, None], logp.shape)
+    beta = state.loop["beta"]
+    rollout = job.assemble(batch, logp, ref_logp, value, scores, beta)
+    kept = {}
+    if run.reuse > 1:
+        rollout, kept["drawn_logp"] = job.corrected(rollout, state.loop["drawn_logp"] if times_used else logp)
+    metrics = jax.block_until_ready(job.describe(rollout, entropy))
+    if metrics["reward/abstained"] > run.most_abstained:
+        raise ValueError(
+            f"the reward abstained from {float(metrics['reward/abstained']):.0%} of the responses of iteration {iteration}, and "
+            f"run.most_abstained = {run.most_abstained:g}: it is broken, or raise that limit"
+        )
+    clock.append(time.perf_counter())
+
+    times = dict(zip(("time/sample_s", "time/score_s"), np.diff(clock).tolist(), strict=True))
+    metrics |= {"policy/beta": jnp.copy(beta), **times}  # a copy, for the update takes the state away
+    kl = {name: config.kl[name] for name in ("target", "horizon", "limit")}
+    if not times_used:  # only of its own samples is the log-ratio the policy's KL
+        beta = rewards.update_beta(beta, metrics["policy/kl"], run.batch, **kl)
+    return state.replace(loop={"beta": beta, "rollout": rollout, **kept}), metrics
 
 
 def respond(job: Job, params, documents, numbers, role: str, step: int):
@@ -50,42 +133,6 @@ def respond(job: Job, params, documents, numbers, role: str, step: int):
     batch = job.draw(params, row_keys, common.rows_of(documents, numbers, job.config.prompts.length, job.mesh, job.vocab))
     scores = job.judged(job.judge, batch)
     return batch, advantages.without_eos(scores, job.ended(batch) > 0, **job.config.unended)
-
-
-def iteration(job: Job, state, i: int):
-    """Sample, score, E epochs of M updates each in a fresh order, and a new price of KL. -> (state, metrics)"""
-    run, clock = job.config.run, [time.perf_counter()]
-    numbers = tables.order(len(job.prompts), run.batch, seed=job.config.seed, step=i)
-    batch, scores = jax.block_until_ready(respond(job, state.params, job.prompts, numbers, "sample", i))
-    clock.append(time.perf_counter())
-
-    logp, entropy, value = job.said(state.params, batch)
-    ref_logp, _, _ = job.said(job.reference, batch)
-    beta = jnp.copy(state.loop["beta"])  # for the updates below take the state away
-    data = job.assemble(batch, logp, ref_logp, value, scores, beta)
-    metrics = jax.block_until_ready(job.describe(data, entropy)) | {"policy/beta": beta}
-    clock.append(time.perf_counter())
-
-    updates = []
-    for epoch in range(run.epochs):
-        order = jax.random.permutation(keys.key(job.config.seed, "shuffle", i, epoch), run.batch)
-        for rows in jnp.split(order, run.minibatches):
-            state, of_update = job.update(state, job.take(data, rows))
-            updates.append(of_update)
-    metrics = jax.tree.map(lambda *x: jnp.stack(x).mean(), *updates) | metrics  # policy/entropy is that of the rollout
-    metrics["policy/approx_kl_first"] = updates[0]["policy/approx_kl"]  # 0 but for rounding, or sampling and training disagree
-    beta = rewards.update_beta(
-        beta,
-        metrics["policy/kl"],
-        run.batch,
-        target=job.config.kl.target,
-        horizon=job.config.kl.horizon,
-        limit=job.config.kl.limit,
-    )
-    state = jax.block_until_ready(state.replace(loop={"beta": beta}))
-    clock.append(time.perf_counter())
-    times = dict(zip(("time/sample_s", "time/score_s", "time/update_s"), np.diff(clock).tolist(), strict=True))
-    return state, metrics | times
 
 
 def evaluate(job: Job, tokenizer, gold, params):
@@ -104,97 +151,123 @@ def evaluate(job: Job, tokenizer, gold, params):
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}, samples[: job.config.evaluate.samples]
 
 
-def prepare(config, mesh, policy, judge):
-    """-> (Job, the state before the first iteration)"""
-    temperature, eos = config.sample.temperature, policy.tokenizer.eos_token_id
+def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
+    """-> (Job, the state before the first iteration). Args: judges, judged: as ensemble.load gives them."""
+    run, temperature, eos = config.run, config.sample.temperature, policy.tokenizer.eos_token_id
     if temperature <= 0:
         raise ValueError(
             f"sample.temperature = {temperature}: a policy that is to learn from its samples draws them, so it is above 0"
         )
-    if config.run.batch % config.run.minibatches:
-        raise ValueError(f"run.batch = {config.run.batch} does not divide into run.minibatches = {config.run.minibatches}")
-    tx = optim.adam(steps=config.run.iterations * config.run.epochs * config.run.minibatches, **config.optim)
-    state, where = common.new_state(policy, tx, mesh, beta=config.kl.beta)
-    objective = partial(ppo, model=policy.model, temperature=temperature, **config.objective)
-    found = common.openings(policy.tokenizer, seed=config.seed, **config.prompts)
+    if run.batch % run.minibatches:
+        raise ValueError(f"run.batch = {run.batch} does not divide into run.minibatches = {run.minibatches}")
+    tx = optim.adam(steps=run.iterations * updates_of(run), **config.optim)
+    columns, source = common.prompt_columns(policy.model, config.prompts.length)
+    blank = rollout.blank(run.batch, columns + config.sample.length, source)
+    carried = {"rollout": blank} | ({"drawn_logp": blank.logp} if run.reuse > 1 else {})
+    state, where = common.new_state(policy, tx, mesh, beta=jnp.float32(config.kl.beta), **shard.declare_rows(carried))
+    hold = {"policy/approx_kl": run.stop_kl}
+    update = make_step(algorithm.objective(config, policy.model), tx, accumulate=run.accumulate, hold_above=hold, **config.guard)
+    learnt = algorithm.data(config, policy.model)
+    found = common.openings(policy.tokenizer, seed=config.seed, start=common.start_of(policy.model), **config.prompts)
     _, held_out = common.split(found, config.evaluate.prompts, "evaluate.prompts")
-    known = {document.tokens.tobytes() for document in held_out}
-    prompts = [document for document in found if document.tokens.tobytes() not in known]
+    known = {document.ids for document in held_out}
+    prompts = [document for document in found if document.ids not in known]
     if not prompts:
         raise ValueError(f"no prompt is left to train on beside the {len(known)} different ones held out; lower evaluate.prompts")
 
-    def compiled(function, **settings):
-        return shard.on_mesh(jax.jit(partial(function, **settings)), mesh)
+    def compiled(function, out=None, **settings):
+        return shard.on_mesh(jax.jit(partial(function, **settings), out_shardings=out), mesh)
+
+    def corrected(rolled, drawn_logp):
+        return rollout.corrected(rolled, drawn_logp, cap=run.importance_cap), jnp.copy(drawn_logp)
+
+    def take(rolled, rows, *more):
+        return jax.tree.map(shard.constrain_rows, learnt(jax.tree.map(lambda x: x[rows], rolled), *more))
 
     job = Job(
         config,
         mesh,
         policy.model.config.vocab,
         reference=policy.params,
-        judge=judge.params,
+        judge=judges,
         prompts=prompts,
         held_out=held_out,
         draw=common.sampler(policy.model, mesh, eos, config.sample),
-        judged=compiled(partial(score.last_scalar, judge.model)),
+        greedy=common.sampler(policy.model, mesh, eos, {**config.sample, "temperature": 0.0}) if algorithm.greedy(config) else None,
+        judged=compiled(judged),
         ended=compiled(rollout.ended, eos=eos),
         said=compiled(partial(rollout.said, policy.model), temperature=temperature),
-        assemble=compiled(rollout.assemble, **config.advantage),
-        describe=compiled(rollout.describe, eos=eos),
-        take=compiled(lambda data, rows: jax.tree.map(lambda x: shard.constrain_rows(x[rows]), data)),
-        update=shard.compile_step(make_step(objective, tx, accumulate=config.run.accumulate), mesh, where),
+        assemble=compiled(algorithm.assemble(config), where.loop["rollout"]),
+        describe=compiled(rollout.describe, eos=eos, group=run.group),
+        corrected=compiled(corrected, (where.loop["rollout"], where.loop.get("drawn_logp"))),
+        beside=algorithm.beside(config, policy, mesh),
+        take=compiled(take),
+        update=shard.compile_step(update, mesh, where),
     )
     return job, state
 
 
-def run(config, workdir: Path, stages: launch.Stages | None = None):
+def run(config, workdir: Path, stages: launch.Stages | None = None, algorithm: Algorithm = PPO):
     """Make the stages that are missing, then raise the reward of the policy's samples, held near the reference by a price of KL."""
-    mesh = shard.make_mesh(**config.mesh)
+    critic, mesh = algorithm.critic(config), shard.make_mesh(**config.mesh)
+    if critic == "own" and config.adapter.kind != "none":
+        raise ValueError(
+            f"run.critic = own trains a whole model, and adapter.kind = {config.adapter.kind} a part of one: take shared"
+        )
+    gold = common.gold_reward(config.gold.lexicon) if config.gold.lexicon else None
     stages = stages or launch.Stages(workdir, config.stages, {"sft": sft.run, "compare": compare.run, "reward": reward.run})
     policy_source, judge_source = stages.path(config.model.source), stages.path(config.reward_model.source)
     began = time.monotonic()
-    policy = common.load(policy_source, config.model, mesh, seed=config.seed, head="value")
-    judge = common.load(judge_source, config.reward_model, mesh, seed=config.seed, head="reward", draw_head=False)
+    head = "value" if critic == "shared" else None
+    policy = common.load(policy_source, config.model, mesh, seed=config.seed, head=head, adapter=config.adapter)
+    judge, judges, judged = ensemble.load(
+        judge_source, config.reward_model, mesh, seed=config.seed, doubt=config.reward_model.doubt
+    )
     if policy.tokenizer_digest != judge.tokenizer_digest:
         raise ValueError(f"the policy ({policy_source}) and its reward model ({judge_source}) have different tokenizers")
-    job, state = prepare(config, mesh, policy, judge)
-    gold = common.gold_reward(config.gold.lexicon) if config.gold.lexicon else None
+    if critic == "own":
+        model = rollout.with_critic(policy.model, judge.model)
+        policy = policy._replace(model=model, params={"policy": policy.params, "critic": judge.params})
+    job, state = prepare(config, mesh, policy, judges, judged, algorithm)
     measure = partial(evaluate, job, policy.tokenizer, gold)
 
-    def watched(state, i):
-        """An iteration, and before every `evaluate.every`-th what the policy does on held-out prompts."""
-        if i % config.evaluate.every:
-            return iteration(job, state, i)
-        found, samples = measure(state.params)
-        state, metrics = iteration(job, state, i)
-        return state, metrics | {f"{name}/held_out": float(x.mean()) for name, x in found.items()} | {"samples": samples}
+    every, stop = (n * updates_of(config.run) for n in (config.evaluate.every, config.run.iterations))
+
+    def held_out(done, state):
+        """What the policy does on held-out prompts, every `evaluate.every` iterations and at the end; 0: never."""
+        if not every or (done % every and done < stop):
+            return {}
+        found, samples = measure(state.model_params)
+        return {f"{name}/held_out": float(np.nanmean(x)) for name, x in found.items()} | {"samples": samples}
 
     launch.begin(workdir, policy)
     around = time.monotonic() - began
     state = loop.fit(
-        watched,
+        partial(step, job),
         state,
         lambda i: i,
         workdir=workdir,
-        stop=config.run.iterations,
+        stop=stop,
+        hooks=[held_out],
         config=config,
-        identity={"reference": policy.digest, "reward model": judge.digest, "tokenizer": policy.tokenizer_digest},
+        identity={"reference": policy.digest, "reward model": common.digest(judges), "tokenizer": policy.tokenizer_digest},
         **config.loop,
     )
     ended = time.monotonic()
-    (before, _), (after, samples) = measure(job.reference), measure(state.params)
-    launch.append(workdir / "samples.jsonl", [{"step": config.run.iterations, **sample} for sample in samples])
+    (before, _), (after, _) = measure(job.reference), measure(state.model_params)
     summary = {}
     for name, when, found in [(name, *side) for name in ("gold", "proxy") for side in (("before", before), ("after", after))]:
         if name in found:
-            summary[f"{name}/{when}"] = found[name].mean()
-            summary[f"{name}/{when}_stderr"] = found[name].std() / len(found[name]) ** 0.5
+            summary[f"{name}/{when}"] = np.nanmean(found[name])
+            summary[f"{name}/{when}_stderr"] = np.nanstd(found[name]) / len(found[name]) ** 0.5
     summary |= {"kl/final": after["kl"].mean(), "kl/target": config.kl.target, "kl/beta": state.loop["beta"]}
     told = Path(judge_source) / "summary.json"  # of the reward stage, where the reward model is one's own
     if told.exists():
         summary |= {name: x for name, x in json.loads(told.read_text()).items() if name.startswith("reward_model/acc")}
     summary["seconds"] = stages.seconds() + around + launch.looped(workdir) + time.monotonic() - ended
     plain = policy.model._replace(config=replace(policy.model.config, scalar=None))
-    aligned = {name: leaf for name, leaf in state.params.items() if name != "scalar"}  # the critic stays in the checkpoints
+    params = state.model_params["policy"] if critic == "own" else state.model_params
+    aligned = {name: leaf for name, leaf in params.items() if name != "scalar"}  # the critic stays in the checkpoints
     launch.finish(workdir, policy._replace(model=plain), aligned, summary)
 
 

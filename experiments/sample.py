@@ -5,8 +5,8 @@ the text was greedy or given; a plain text that is given is scored without EOS);
 top-p left each token to be drawn from.
 """
 
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,17 +17,18 @@ from jaxalign.data import tables, text
 from jaxalign.train import log
 
 
-def documents(config, tokenizer):
-    """-> (the prompts, a Document of each, with the completion where one is to be scored)"""
+def documents(config, tokenizer, start=None):
+    """-> (the prompts, a Document of each, with the completion where one is to be scored). Args: start: of common.start_of."""
     prompts = [config.prompt]
     if config.prompts.source:
         rows = common.read_rows(config.prompts.source, config.prompts.count, seed=config.seed)
         prompts = [text.fill(config.prompts.template, row) for row in rows]
 
     if "" in prompts:
-        raise ValueError("a prompt is empty: there is nothing to continue")
+        raise ValueError(f"{config.prompts.source or 'prompt'}, row {prompts.index('')}: the prompt is empty, nothing to continue")
     chat = config.chat and bool(tokenizer.chat_template)
-    return prompts, [common.document(tokenizer, prompt, config.completion or None, chat=chat, eos=False) for prompt in prompts]
+    how = {"chat": chat, "eos": False, "start": start}
+    return prompts, [common.document(tokenizer, prompt, config.completion or None, **how) for prompt in prompts]
 
 
 def draw(params, row_keys, prompts, *, model, **settings):
@@ -44,24 +45,28 @@ def judge(params, _, batch, *, model):
 
 def run(config):
     """Print an answer to each prompt, and write all there is to know of it to config.output."""
+    with launch.replacing(config.output) if config.output else nullcontext(lambda line: None) as write:
+        answers(config, write)
+
+
+def answers(config, write):
+    """Print an answer to each prompt, and write(line) all there is to know of it."""
     mesh = shard.make_mesh(**config.mesh)
-    if config.output and jax.process_index() == 0:
-        Path(config.output).unlink(missing_ok=True)
     loaded = common.load(config.model.source, config.model, mesh, seed=config.seed)
-    prompts, found = documents(config, loaded.tokenizer)
+    prompts, found = documents(config, loaded.tokenizer, common.start_of(loaded.model))
     length = tables.bucket(max(len(document.tokens) for document in found), 16)
+    source_length = tables.bucket(max(0 if document.source is None else len(document.source) for document in found), 16)
     if config.completion:
         work, side, draws = partial(judge, model=loaded.model), "right", 1
     else:
-        eos = loaded.tokenizer.eos_token_id
+        eos = -1 if loaded.tokenizer.eos_token_id is None else loaded.tokenizer.eos_token_id
         work, side, draws = partial(draw, model=loaded.model, eos=eos, **config.sample), "left", config.draws
     work = shard.on_mesh(jax.jit(work), mesh)
     numbers = np.repeat(np.arange(len(found)), draws)
     row_keys = keys.of_rows(keys.key(config.seed, "sample"), numbers)
 
-    lines = []
     for rows, count in common.parts(list(range(len(numbers))), config.batch):
-        padded = tables.pad([found[numbers[row]] for row in rows], length, side=side)
+        padded = tables.pad([found[numbers[row]] for row in rows], length, side=side, source_length=source_length)
         placed = shard.place(tables.check(padded, loaded.model.config.vocab, targets=False), mesh)
         batch, values = shard.fetch(work(loaded.params, row_keys[np.array(rows)], placed))
         for r, row in list(enumerate(rows))[:count]:
@@ -70,10 +75,8 @@ def run(config):
             answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
             said = {name: [float(x) for x in value[r][written]] for name, value in values.items()}
             line = {"prompt": prompts[numbers[row]], "text": answer, "tokens": tokens.tolist(), **said}
-            lines.append(line | {"total": sum(said["logp"])})
+            write(line | {"total": sum(said["logp"])})
             log.say(f"{line['prompt']} ⟶ {answer}  [{len(tokens)} tokens, log-probability {sum(said['logp']):.3f}]")
-    if config.output:
-        launch.append(Path(config.output), lines)
 
 
 if __name__ == "__main__":

@@ -14,24 +14,25 @@ from jaxalign.train import log, loop, optim
 from jaxalign.train.step import make_step
 
 
-def documents(tokenizer, *, source, count, held_out, prompt, completion, chat, length, seed):
-    """-> (training documents, held-out documents)"""
+def documents(tokenizer, *, source, count, held_out, prompt, completion, chat, length, source_length, seed, start=None):
+    """-> (training documents, held-out documents). Args: start: of common.start_of."""
 
     def make(row):
-        return common.document(tokenizer, text.fill(prompt, row), text.fill(completion, row), chat=chat)
+        return common.document(tokenizer, text.fill(prompt, row), text.fill(completion, row), chat=chat, start=start)
 
-    found = common.collect(common.read_rows(source, count, seed=seed), make, length=length, source=source, keep="end").documents
+    rows, fitted = common.read_rows(source, count, seed=seed), {"length": length, "source_length": source_length}
+    found = common.collect(rows, make, source=source, keep="end", **fitted).documents
     return common.split(found, held_out, "data.held_out")
 
 
-def held_out_nll(model, mesh, found, size: int, length: int):
+def held_out_nll(model, mesh, found, size: int, length: int, source_length: int):
     """-> (params) -> nats a target token of these documents."""
     measure = shard.on_mesh(jax.jit(partial(sft, model=model)), mesh)
 
     def nll(params) -> float:
         loss = weight = 0.0
         for part, count in common.parts(found, size):
-            batch = tables.pad(part, length)
+            batch = tables.pad(part, length, source_length=source_length)
             batch.weights[count:] = 0
             total, sums = measure(params, shard.place(batch, mesh))
             loss, weight = loss + float(total), weight + float(sums["weight"])
@@ -47,22 +48,27 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=sf
     """
     began = time.monotonic()
     mesh = shard.make_mesh(**config.mesh)
-    loaded = common.load(config.model.source, config.model, mesh, seed=config.seed, scratch=config.scratch)
-    train, held_out = documents(loaded.tokenizer, seed=config.seed, **config.data)
-    rows = tables.pack(train, config.data.length)
+    loaded = common.load(config.model.source, config.model, mesh, seed=config.seed, scratch=config.scratch, adapter=config.adapter)
+    train, held_out = documents(loaded.tokenizer, seed=config.seed, start=common.start_of(loaded.model), **config.data)
+    lengths = {"length": config.data.length, "source_length": config.data.source_length}
+    rows = tables.pack(train, **lengths)
     objective = partial(objective, model=loaded.model, **config.objective)
     tx = optim.adam(steps=config.run.steps, **config.optim)
     state, where = common.new_state(loaded, tx, mesh)
-    step = shard.compile_step(make_step(objective, tx, accumulate=config.run.accumulate), mesh, where)
-    nll = held_out_nll(loaded.model, mesh, held_out, config.run.batch, config.data.length)
+    step = shard.compile_step(make_step(objective, tx, accumulate=config.run.accumulate, **config.guard), mesh, where)
+    nll = held_out_nll(loaded.model, mesh, held_out, config.run.batch, **lengths)
 
     def data_at(i):
         numbers = tables.order(len(rows), config.run.batch, seed=config.seed, step=i)
-        batch = tables.pack_rows([rows[n] for n in numbers], config.data.length)
+        batch = tables.pack_rows([rows[n] for n in numbers], **lengths)
         return shard.place(tables.check(batch, loaded.model.config.vocab), mesh)
+
+    def watched(done, state):
+        return {"nll/held_out": nll(state.model_params)} if config.evaluate.every and done % config.evaluate.every == 0 else {}
 
     log.say(tables.preview(loaded.tokenizer, shard.fetch(data_at(0)), rows=1))
     launch.begin(workdir, loaded)
+    texts = common.digest([(x.tokens, x.source) for x in train])
     around = time.monotonic() - began
     state = loop.fit(
         step,
@@ -70,20 +76,21 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=sf
         data_at,
         workdir=workdir,
         stop=config.run.steps,
+        hooks=[watched],
         config=config,
-        identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest, "data": common.digest([x.tokens for x in train])},
+        identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest, "data": texts},
         tokens_per_step=config.run.batch * config.data.length,
         **config.loop,
     )
     ended = time.monotonic()
     summary = {
         "nll/before": nll(loaded.params),
-        "nll/after": nll(state.params),
+        "nll/after": nll(state.model_params),
         "documents": len(train),
         "rows": len(rows),
     }
     summary["seconds"] = around + launch.looped(workdir) + time.monotonic() - ended
-    launch.finish(workdir, loaded, state.params, summary)
+    launch.finish(workdir, loaded, state.model_params, summary)
 
 
 if __name__ == "__main__":

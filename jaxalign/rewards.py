@@ -1,6 +1,7 @@
 """Scores of whole responses: their scale, the price of KL, and rewards that need no model."""
 
 import re
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,24 @@ def fold(params, gain, bias):
     """A reward model whose scores are gain r + bias, exactly: the map goes into the scalar head."""
     head = params["scalar"]
     return {**params, "scalar": {"kernel": head["kernel"] * gain, "bias": head["bias"] * gain + bias}}
+
+
+# Of an ensemble: scores [M,B] by M reward models, each of mean 0 and std 1 on the same responses, to [B]. NaN where one abstained.
+
+
+def mean_score(scores):
+    """1/M sum_m r_m. Coste et al. 2024 (Reward Model Ensembles), mean optimisation."""
+    return scores.mean(0)
+
+
+def worst_score(scores):
+    """min_m r_m. Coste et al. 2024, worst-case optimisation."""
+    return scores.min(0)
+
+
+def uncertainty_weighted(scores, *, coefficient: float):
+    """mean_m r_m - coefficient var_m r_m, the variance over all M. Coste et al. 2024. Args: coefficient, per unit of reward."""
+    return scores.mean(0) - coefficient * scores.var(0)
 
 
 def update_beta(beta, kl, episodes, *, target: float, horizon: float, limit: float = 0.2):
@@ -64,9 +83,17 @@ def sentiment(text: str, valences: dict[str, float]) -> float:
 
 
 def score_texts(reward, texts) -> np.ndarray:
-    """reward(text) of every text, f32 [B]. A score that is no finite number raises ValueError and names its text."""
-    scores = [reward(text) for text in texts]
-    for text, value in zip(texts, scores):
-        if value is None or not np.isfinite(value):
-            raise ValueError(f"the reward of this text is {value}, not a finite number: {text!r}")
+    """reward(text) of every text, f32 [B]. NaN, which means that it abstained, where it raises, or gives None or no finite number.
+
+    A warning shows the first text that it raised at; whoever learns from the scores counts them all (`rollout.describe`).
+    """
+    scores = []
+    for text in texts:
+        try:
+            given = reward(text)
+            value = np.nan if given is None else float(given)
+        except Exception as error:  # a reward is anybody's code
+            warnings.warn(f"the reward failed, {type(error).__name__}: {error}; the first text was {text!r:.200}", stacklevel=2)
+            value = np.nan
+        scores.append(value if np.isfinite(value) else np.nan)
     return np.asarray(scores, np.float32)

@@ -1,7 +1,6 @@
 """The programs, from flags to what they leave: a small PPO run with all its stages, stopped, resumed, and on eight devices."""
 
 import contextlib
-import fcntl
 import io
 import json
 import math
@@ -27,10 +26,11 @@ from configs import sample as sample_config
 from experiments import common, compare, launch, new_objective, ppo, reward, sample, sft
 from jaxalign import rewards, score, shard
 from jaxalign.data import reviews, tables, text
-from jaxalign.models import checkpoints, decoder
+from jaxalign.models import checkpoints, decoder, files
 from jaxalign.ops.masked import masked_sum
 from jaxalign.rewards import sentiment
 from jaxalign.train import log, loop
+from jaxalign.types import TrainState
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("sft", "compare", "reward")
@@ -55,42 +55,32 @@ def run(function, *args, devices=1):
     return out.getvalue()
 
 
-@contextlib.contextmanager
-def once(factory, name):
-    """A folder that all workers of a test run share. Yields (folder, whether somebody has filled it already); one at a time."""
-    root = factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    with open(root / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield root / name, (root / f"{name}.made").exists()
-        (root / f"{name}.made").touch()
-
-
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
+def finished(once) -> Path:
     """The folder of a run of configs/ppo.py:tiny, on one device."""
-    with once(tmp_path_factory, "finished") as (folder, made):
+    with once("finished") as (folder, made):
         if not made:
             (folder.parent / "finished.txt").write_text(run(ppo.run, settings(), folder))
     return folder
 
 
 @pytest.fixture(scope="session")
-def stopped(tmp_path_factory, finished) -> tuple[Path, Path]:
-    """The same run, told to stop in its first iteration: its folder as it was then, and as it was after the same command again."""
-    with once(tmp_path_factory, "stopped") as (folder, made):
+def stopped(once, finished) -> tuple[Path, Path]:
+    """The same run, told to stop within its second iteration: its folder as it was then, and after the same command again."""
+    with once("stopped") as (folder, made):
         then = folder.with_name("unfinished")
         if not made:
             for stage in STAGES:
                 shutil.copytree(finished / stage, folder / stage)
-            iteration = ppo.iteration
+            step = ppo.step
 
             def told_to_stop(job, state, i):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return iteration(job, state, i)
+                if i == 11:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return step(job, state, i)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(ppo, "iteration", told_to_stop)
+                patch.setattr(ppo, "step", told_to_stop)
                 with pytest.raises(SystemExit) as ended:
                     run(ppo.run, settings(), folder)
             assert ended.value.code == 143
@@ -129,10 +119,11 @@ def test_a_run_leaves_its_record(finished):
     }
     assert json.loads((finished / "config.json").read_text()) == log.plain(settings())
     lines = metrics_of(finished)
-    assert [line["step"] for line in lines] == [0, 1]
+    assert [line["step"] for line in lines] == list(range(17))  # 2 iterations of 4 epochs of 2 minibatches
+    assert [line["step"] for line in lines if "policy/kl" in line] == [1, 9]
     assert all(x is not None for line in lines for x in line.values())
     samples = log.read_lines(finished / "samples.jsonl")
-    assert [line["step"] for line in samples] == [0] * 16 + [1] * 16 + [2] * 16
+    assert [line["step"] for line in samples] == [0] * 16 + [8] * 16 + [16] * 16
     prompts = [line["prompt"] for line in samples]
     assert prompts[:16] == prompts[16:32] == prompts[32:] and len(set(prompts)) > 8
     assert summary_of(finished)["gold/after"] == pytest.approx(np.mean([line["gold"] for line in samples[32:]]), abs=1e-6)
@@ -143,18 +134,19 @@ def test_a_run_leaves_its_record(finished):
 
 @pytest.mark.slow
 def test_the_policy_starts_as_its_reference(finished):
-    first, second = metrics_of(finished)
-    assert [first[name] for name in ("policy/kl", "policy/kl_k2", "policy/kl_k3", "kl/held_out")] == [0, 0, 0, 0]
-    assert first["reward/total"] == first["reward/score"]
-    assert first["policy/approx_kl_first"] < 1e-12 and second["policy/approx_kl_first"] < 1e-12
-    assert second["policy/kl"] != 0 and second["kl/held_out"] > 0
+    start, *lines = metrics_of(finished)
+    first, second = lines[0], lines[8]
+    assert [first[name] for name in ("policy/kl", "policy/kl_k2", "policy/kl_k3")] == [0, 0, 0] and start["kl/held_out"] == 0
+    assert first["reward/total"] == pytest.approx(first["reward/score"], rel=1e-5)
+    assert first["policy/approx_kl"] < 1e-12 and second["policy/approx_kl"] < 1e-12 < lines[1]["policy/approx_kl"]
+    assert second["policy/kl"] != 0 and lines[7]["kl/held_out"] > 0
 
 
 @pytest.mark.slow
 def test_the_price_of_kl_is_the_controllers(finished):
     config = settings()
     beta = config.kl.beta
-    for line in metrics_of(finished):
+    for line in (line for line in metrics_of(finished) if "policy/kl" in line):
         assert line["policy/beta"] == pytest.approx(beta, rel=1e-6)
         told = config.kl.to_dict() | {"beta": beta}
         beta = float(rewards.update_beta(kl=line["policy/kl"], episodes=config.run.batch, **told))
@@ -185,7 +177,7 @@ def test_the_reward_model_that_is_left_scores_0_on_average_with_variance_1(finis
     config, loaded = checkpoints.load(finished / "reward")
     model, data = decoder.build(config), settings().stages.reward.data.to_dict()
     found = data | {"source": str(finished / "compare" / "comparisons.jsonl")}
-    _, held_out = reward.comparisons(checkpoints.tokenizer(finished / "reward"), **found)
+    _, held_out = reward.comparisons(tokenizer := checkpoints.tokenizer(finished / "reward"), len(tokenizer), **found)
     assert len(held_out) == data["held_out"]
     sides = [tables.pad([pair[side] for pair in held_out], data["length"]) for side in (0, 1)]
     measure = jax.jit(partial(score.last_scalar, model))
@@ -201,9 +193,9 @@ def test_the_reward_model_that_is_left_scores_0_on_average_with_variance_1(finis
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(finished, stopped):
     unfinished, resumed = stopped
-    assert not (unfinished / "model").exists() and [line["step"] for line in metrics_of(unfinished)] == [0]
+    assert not (unfinished / "model").exists() and metrics_of(unfinished)[-1]["step"] == 12
     said = (resumed.parent / "resumed.txt").read_text()
-    assert "resuming at step 1 of 2" in said
+    assert "resuming at step 12 of 16" in said
     for name in ("metrics", "samples"):
         assert len((resumed / f"{name}.jsonl").read_text().splitlines()) == len(
             (finished / f"{name}.jsonl").read_text().splitlines()
@@ -246,7 +238,7 @@ def test_eight_devices_are_one(finished, tmp_path):
     assert [(line["prompt"], line["response"]) for line in here] == [(line["prompt"], line["response"]) for line in there]
     for one, eight in zip(metrics_of(finished), metrics_of(tmp_path), strict=True):
         assert one == pytest.approx(eight, rel=1e-4, abs=1e-4)
-    assert metrics_of(tmp_path)[0]["policy/kl"] == 0
+    assert metrics_of(tmp_path)[1]["policy/kl"] == 0
     assert summary_of(finished) | {"seconds": 0} == pytest.approx(summary_of(tmp_path) | {"seconds": 0}, rel=1e-4, abs=1e-4)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
@@ -344,9 +336,9 @@ def test_an_objective_of_ones_own_trains(tmp_path, monkeypatch):
     config.objective.floor = -4.35  # the mean is log 82 = 4.41 nats a token: a part of the targets stays
     config.loop.sinks = ("tensorboard",)
     drawn = []
-    monkeypatch.setitem(log.SINKS, "tensorboard", lambda *_: (lambda i, values: drawn.append((i, values)), lambda: None))
+    monkeypatch.setitem(log.SINKS, "tensorboard", lambda *_: (lambda n, values: drawn.append((n, values)), lambda: None))
     run(partial(sft.run, objective=new_objective.trusting_sft), config, tmp_path)
-    assert [i for i, _ in drawn] == [0, 1, 2] and all("loss/nll" in values for _, values in drawn)
+    assert [n for n, _ in drawn] == [1, 2, 3] and all("loss/nll" in values for _, values in drawn)
     weights = [line["train/weight"] for line in metrics_of(tmp_path)]
     rows = summary_of(tmp_path)["rows"]
     assert len(weights) == 3 and all(0 < weight < config.run.batch * config.data.length for weight in weights) and rows > 16
@@ -405,8 +397,8 @@ def test_comparisons_of_text_are_those_of_ids(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
         made.append(
             reward.comparisons(
-                tokenizer, source=str(tmp_path / f"{name}.jsonl"), count=5, held_out=2, length=99,
-                prompt="{prompt}", chosen="{chosen}", rejected="{rejected}", margin="{by}", chat=False,
+                tokenizer, len(tokenizer), source=str(tmp_path / f"{name}.jsonl"), count=5, held_out=2, length=99,
+                prompt="{prompt}", chosen="{chosen}", rejected="{rejected}", margin="{by}", chat=False, source_length=0,
             )
         )  # fmt: skip
     for train, held_out in made:
@@ -435,7 +427,7 @@ def test_comparisons_of_another_tokenizer_are_refused(tmp_path):
     (tmp_path / "theirs.jsonl").write_text(json.dumps(row | {"chosen_ids": [30, 40, 50]}) + "\n")
     data = reward_config.get_config("tiny").data.to_dict() | {"source": str(tmp_path / "theirs.jsonl"), "held_out": 1}
     with pytest.raises(ValueError, match="theirs.jsonl, row 0: chosen_ids are not the tokens of 'chosen': another tokenizer"):
-        reward.comparisons(reviews.tokenizer(), **data)
+        reward.comparisons(reviews.tokenizer(), len(reviews.tokenizer()), **data)
 
 
 @pytest.mark.parametrize("held_out", [0, -1, 3, 4])
@@ -480,9 +472,9 @@ def test_prompts_that_are_too_long_keep_what_leads_to_the_answer(chatting):
 @pytest.fixture
 def prepared(tiny, monkeypatch):
     """(config) -> the Job of a PPO run; its models are never called."""
-    monkeypatch.setattr(common, "new_state", lambda *_, **__: (None, None))
+    monkeypatch.setattr(common, "new_state", lambda *_, **__: (None, TrainState(None, None, None, {"rollout": None}, None)))
     loaded = common.Loaded(tiny.model, tiny.params, reviews.tokenizer(), "", "")
-    return lambda config: ppo.prepare(config, shard.make_mesh(devices=jax.devices()[:1]), loaded, loaded)[0]
+    return lambda config: ppo.prepare(config, shard.make_mesh(devices=jax.devices()[:1]), loaded, [], None)[0]
 
 
 def test_no_prompt_that_is_held_out_is_trained_on(prepared):
@@ -518,6 +510,74 @@ def test_settings_that_cannot_be_run_are_refused_before_the_first_iteration(prep
     config.update_from_flattened_dict(changed)
     with pytest.raises(ValueError, match=says):
         prepared(config)
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """(changed) -> the folder of the finished run's PPO with other settings."""
+    for stage in STAGES:
+        shutil.copytree(finished / stage, tmp_path / stage)
+
+    def made(**changed):
+        config = settings()
+        config.run.update(iterations=1)
+        config.update_from_flattened_dict(changed)
+        run(ppo.run, config, tmp_path)
+        return tmp_path
+
+    return made
+
+
+@pytest.mark.slow
+def test_updates_far_from_the_policy_that_sampled_are_held_back(again):
+    lines = metrics_of(again(**{"run.stop_kl": 1e-5}))[1:]
+    held = [line["train/held"] for line in lines]
+    assert held[0] == 0 and 0 < sum(held) < 8
+    assert all(line["policy/approx_kl"] > 1e-5 for line, was in zip(lines, held) if was)
+    assert all(line["policy/approx_kl"] <= 1e-5 for line, was in zip(lines, held) if not was)
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_too_often_ends_the_run(again, monkeypatch):
+    """Here from every second response; a share below run.most_abstained is counted, and learns from the rest."""
+    respond = ppo.respond
+
+    def failing(*args):
+        batch, scores = respond(*args)
+        return batch, np.where(np.arange(len(scores)) % 2, np.nan, scores)
+
+    monkeypatch.setattr(ppo, "respond", failing)
+    with pytest.raises(ValueError, match="the reward abstained from 50% of the responses of iteration 0, and run.most_abstained"):
+        again()
+    folder = again(**{"run.most_abstained": 0.5, "evaluate.every": 0})
+    first = metrics_of(folder)[0]
+    assert first["reward/abstained"] == 0.5 and math.isfinite(first["reward/score"]) and math.isfinite(first["loss/total"])
+
+
+@pytest.mark.slow
+def test_of_an_ensemble_of_reward_models_the_worst_score_counts_where_there_is_doubt(finished, tmp_path):
+    made, scores = finished, []
+    for doubt, stages in ((0.0, ("sft", "compare")), (math.inf, STAGES)):
+        folder = tmp_path / str(doubt)
+        for stage in stages:
+            shutil.copytree(made / stage, folder / stage)
+        config, made = settings(), folder
+        config.update_from_flattened_dict({"run.iterations": 1, "evaluate.every": 0, "stages.reward.run.members": 2})
+        config.reward_model.doubt = doubt
+        run(ppo.run, config, folder)
+        scores.append(metrics_of(folder)[0]["reward/score"])  # of the same samples
+    assert scores[1] < scores[0] - 1e-3
+
+
+def test_comparisons_that_were_changed_are_refused(tmp_path):
+    path = tmp_path / "comparisons.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    assert compare.rows_in(str(path)) == str(path) == compare.rows_in(str(tmp_path))
+    (tmp_path / "summary.json").write_text(json.dumps({"sha256": files.sha256(path)}))
+    assert compare.rows_in(str(tmp_path)) == str(path)
+    path.write_text('{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match="comparisons.jsonl is not as it was written"):
+        compare.rows_in(str(tmp_path))
 
 
 # ---- where a run comes from
@@ -578,7 +638,7 @@ def test_margins_reach_the_loss_and_scores_have_the_spread_asked_for(finished, t
 
     architecture, left = checkpoints.load(tmp_path / "run")
     measure = jax.jit(partial(score.last_scalar, decoder.build(architecture)))
-    _, held_out = reward.comparisons(checkpoints.tokenizer(tmp_path / "run"), **config.data)
+    _, held_out = reward.comparisons(tokenizer := checkpoints.tokenizer(tmp_path / "run"), len(tokenizer), **config.data)
     both = tables.pad([pair[side] for pair in held_out for side in (0, 1)], config.data.length)
     for params, std in ((began["params"], 0.05), (left, 2.0)):
         scores = np.asarray(measure(params, both))
@@ -617,11 +677,12 @@ def test_two_processes_are_one(finished, tmp_path):
             started.append(one)
         codes = [one.wait(timeout=300) for one in started]
     assert codes == [0, 0], (tmp_path / "0.txt").read_text()[-3000:] + (tmp_path / "1.txt").read_text()[-3000:]
-    assert "summary" not in (tmp_path / "1.txt").read_text() and "step 2/2" not in (tmp_path / "1.txt").read_text()
+    assert "summary" not in (tmp_path / "1.txt").read_text() and "step 16/16" not in (tmp_path / "1.txt").read_text()
     here, there = (log.read_lines(folder / "samples.jsonl") for folder in (finished, tmp_path / "run"))
     assert [(line["prompt"], line["response"]) for line in here] == [(line["prompt"], line["response"]) for line in there]
     for one, two in zip(metrics_of(finished), metrics_of(tmp_path / "run"), strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-4)
     summaries = [summary_of(folder) | {"seconds": 0} for folder in (finished, tmp_path / "run")]
     assert summaries[0] == pytest.approx(summaries[1], rel=1e-4, abs=1e-4)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in finished.iterdir()}
+    left = [{path.name for path in folder.iterdir()} - {".lock"} for folder in (finished, tmp_path / "run")]
+    assert left[0] == left[1]

@@ -12,6 +12,7 @@ from jaxalign.data import tables
 from jaxalign.data.text import Document
 from jaxalign.models import decoder
 from jaxalign.objectives import online, reward, supervised
+from jaxalign.ops import advantages
 from jaxalign.sample import sample
 from jaxalign.train import optim
 from jaxalign.train.step import make_step
@@ -36,22 +37,32 @@ def learner(objective, *, steps, learning_rate, scalar=None, **architecture):
 
 
 PPO = partial(online.ppo, value_clip=8.0, value_weight=0.5)  # values are of the size of the reward, 0 to 8
+GROUP = 4
+NORMALISED, LEFT_OUT = (partial(rollout.assemble_groups, group=GROUP, estimator=f) for f in (advantages.grpo, advantages.rloo))
+LEARNERS = {  # objective, from rewards to advantages, samples of a prompt, updates of a rollout, learning rate
+    "ppo": (PPO, rollout.assemble, 1, 4, 1e-2),
+    "reinforce": (online.reinforce, rollout.assemble, 1, 1, 2e-2),
+    "reinforce_leave_one_out": (online.reinforce, LEFT_OUT, GROUP, 1, 2e-2),
+    "grpo": (online.grpo, NORMALISED, GROUP, 4, 1e-2),
+    "gspo": (partial(online.gspo, clip_low=0.1, clip_high=0.1), NORMALISED, GROUP, 4, 1e-2),
+    "cispo": (online.cispo, NORMALISED, GROUP, 4, 1e-2),
+    "rloo": (online.rloo, LEFT_OUT, GROUP, 4, 1e-2),
+}
 
 
-@pytest.mark.parametrize(
-    "objective, updates, learning_rate", [(PPO, 4, 1e-2), (online.reinforce, 1, 2e-2)], ids=["ppo", "reinforce"]
-)
-def test_a_reward_rises_for_every_seed_and_a_price_of_kl_holds_it_down(objective, updates, learning_rate):
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_reward_rises_for_every_seed_and_a_price_of_kl_holds_it_down(name):
     """The reward of a response is how many of its 8 tokens are the wanted one. All seeds are one compiled program."""
+    objective, assemble, group, updates, learning_rate = LEARNERS[name]
     model, start, step = learner(objective, steps=100, learning_rate=learning_rate, scalar=0.0)
-    prompts = tables.pad([Document(np.array([2, n % 9 + 3]), np.zeros(2)) for n in range(ROWS)], 2, side="left")
+    prompts = tables.pad([Document(np.array([2, n // group % 9 + 3]), np.zeros(2)) for n in range(ROWS)], 2, side="left")
     said = partial(rollout.said, model, temperature=1.0)
 
     def iteration(state, reference, row_keys, orders, beta):
         batch, _, _ = sample(model, state.params, row_keys, prompts, length=LENGTH, eos=EOS)
         scores = ((batch.tokens == WANTED) * batch.weights).sum(axis=1)
         logp, entropy, value = said(state.params, batch)
-        data = rollout.assemble(batch, logp, said(reference, batch)[0], value, scores, beta)
+        data = assemble(batch, logp, said(reference, batch)[0], value, scores, beta)
 
         def update(state, rows):
             return step(state, jax.tree.map(lambda x: x[rows], data))[0], None

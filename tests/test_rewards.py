@@ -1,5 +1,7 @@
 """Scores: their scale, the price of KL, and a sentiment that follows its own laws."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,38 @@ def test_scores_that_cannot_be_normalised_are_refused(scores):
 def test_the_bias_of_the_reference_scores_it_0_on_average():
     scores = jnp.array([1.0, -2.0, 7.0])
     assert (scores - rewards.reference_bias(scores)).mean() == pytest.approx(0, abs=1e-6)
+
+
+ENSEMBLE = jnp.asarray(np.random.default_rng(5).normal(0, 2, (4, 30)), jnp.float32)
+COMBINED = {
+    "mean": rewards.mean_score,
+    "worst": rewards.worst_score,
+    "uncertainty_weighted": partial(rewards.uncertainty_weighted, coefficient=0.7),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_an_ensemble_of_one_is_that_one_and_of_equals_each(name):
+    combine = jax.jit(COMBINED[name])
+    np.testing.assert_allclose(combine(ENSEMBLE[:1]), ENSEMBLE[0], rtol=1e-6)
+    np.testing.assert_allclose(combine(jnp.tile(ENSEMBLE[:1], (3, 1))), ENSEMBLE[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(combine(ENSEMBLE[::-1]), combine(ENSEMBLE), rtol=1e-5, atol=1e-6)  # in whatever order
+    np.testing.assert_allclose(combine(ENSEMBLE + 3), combine(ENSEMBLE) + 3, rtol=1e-5, atol=1e-5)
+
+
+def test_doubt_lowers_the_score_of_an_ensemble():
+    mean, worst = rewards.mean_score(ENSEMBLE), rewards.worst_score(ENSEMBLE)
+    assert (worst < mean).all() and (worst[None] <= ENSEMBLE).all()
+    np.testing.assert_allclose(rewards.uncertainty_weighted(ENSEMBLE, coefficient=0.0), mean, rtol=1e-6)
+    np.testing.assert_allclose(
+        rewards.uncertainty_weighted(ENSEMBLE, coefficient=0.7), np.mean(ENSEMBLE, 0) - 0.7 * np.var(ENSEMBLE, 0), rtol=1e-4
+    )
+
+
+def test_an_ensemble_abstains_where_a_member_does():
+    scores = ENSEMBLE.at[2, 5].set(jnp.nan)
+    for combine in COMBINED.values():
+        assert np.isnan(combine(scores)[5]) and np.isfinite(np.delete(combine(scores), 5)).all()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +136,15 @@ def test_texts_are_scored_one_by_one():
     assert scores.tolist() == [0, 2, 3] and scores.dtype == np.float32
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
-def test_a_score_that_is_no_number_names_its_text(value):
-    with pytest.raises(ValueError, match=f"the reward of this text is {value}, .*: 'the second'"):
-        rewards.score_texts({"the first": 1.0, "the second": value}.get, ["the first", "the second"])
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_gives_no_number_abstains(value):
+    scores = rewards.score_texts({"the first": 1.0, "the second": value}.get, ["the first", "the second", "the first"])
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(scores, [1, np.nan, 1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_reward_that_raises_abstains_and_says_so():
+    with pytest.warns(UserWarning, match="the reward failed, ZeroDivisionError: division by zero; the first text was 'b'"):
+        scores = rewards.score_texts(lambda text: 1 / (text != "b"), ["a", "b"])
+    np.testing.assert_array_equal(scores, [1, np.nan])

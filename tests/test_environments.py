@@ -1,0 +1,138 @@
+"""Episodes: who said what, what is trained on, and that a policy learns in them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import keys, rollout, shard
+from jaxalign.data import tables
+from jaxalign.data.text import Document
+from jaxalign.feedback.environments import play
+from jaxalign.models import decoder
+from jaxalign.objectives import online
+from jaxalign.ops import advantages
+from jaxalign.sample import sample
+from jaxalign.train import optim
+from jaxalign.train.step import make_step
+from jaxalign.types import TrainState
+
+EOS = 1
+
+
+def prompt(*ids):
+    return Document(np.array(ids, np.int32), np.zeros(len(ids), np.float32))
+
+
+def decode(ids):
+    return " ".join(map(str, ids))
+
+
+def encode(text):
+    return [int(word) for word in text.split()]
+
+
+def countdown(state, text):
+    """Says what it has heard, rewards its length, and ends at 0."""
+    return state - 1, f"9 {state}", float(len(text.split())), state == 0
+
+
+def scripted(script, length=50):
+    def draw(documents, turn):
+        assert all(0 < len(document.tokens) <= length for document in documents)  # there is room for what is to be drawn
+        return [script[turn][row] for row in range(len(documents))]
+
+    return draw
+
+
+def test_an_episode_is_all_that_was_said_and_only_the_policys_words_have_weight():
+    script = [[[5, EOS], [6, 6, EOS]], [[7], [EOS]], [[8], [8]]]
+    one, two = play(
+        countdown, [1, 9], [prompt(3), prompt(3, 4)], scripted(script), encode=encode, decode=decode, turns=3, length=50
+    )
+    assert one.document.tokens.tolist() == [3, 5, EOS, 9, 1, 7]  # it ended in the second turn: no observation, nothing drawn
+    assert one.document.weights.tolist() == [0, 1, 1, 0, 0, 1]
+    assert (one.reward, one.turns, one.done, one.state) == (3.0, 2, True, -1)
+    assert two.document.tokens.tolist() == [3, 4, 6, 6, EOS, 9, 9, EOS, 9, 8, 8]  # the last turn has no answer
+    assert two.document.weights.tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1]
+    assert (two.reward, two.turns, two.done) == (5.0, 3, False)
+    batch = tables.check(tables.pad([one.document, two.document], 12, side="left"), 14)
+    assert batch.targets.sum() == 8
+
+
+def test_an_observation_that_leaves_no_room_ends_the_episode():
+    script = [[[5, EOS]], [[6]]]
+    for length, turns in ((5, 2), (4, 1)):
+        draw = scripted([[said, [5] * 9] for (said,) in script], length)  # another one that is over at once, and long
+        episode, other = play(countdown, [9, 0], [prompt(3), prompt(3)], draw, encode=encode, decode=decode, turns=2, length=length)
+        assert episode.turns == turns and not episode.done and other.turns == 1 and len(other.document.tokens) == 10
+    assert episode.document.tokens.tolist() == [3, 5, EOS]
+    for bad in (prompt(), prompt(1, 2, 3), prompt(3)._replace(source=np.array([1]))):
+        with pytest.raises(ValueError, match="prompt 0: . tokens; it has 1 to length = 2, and no source"):
+            play(countdown, [9], [bad], scripted(script), encode=encode, decode=decode, turns=2, length=2)
+
+
+def test_an_environment_that_fails_abstains():
+    def broken(state, text):
+        if state:
+            raise RuntimeError("no answer")
+        return state, "", 1.0, True
+
+    with pytest.warns(UserWarning, match="the environment failed, RuntimeError: no answer, in turn 0 of row 1"):
+        episodes = play(broken, [0, 1], [prompt(3)] * 2, scripted([[[5], [6]]]), encode=encode, decode=decode, turns=1, length=9)
+    assert episodes[0].reward == 1 and np.isnan(episodes[1].reward)
+    batch = jax.tree.map(jnp.asarray, tables.pad([episode.document for episode in episodes], 3))
+    zeros = jnp.zeros((2, 3))
+    found = rollout.assemble(batch, zeros, zeros, zeros, jnp.array([1, jnp.nan]), 0.0, whiten_advantages=False)
+    assert found.advantage.tolist() == [[0, 1, 0], [0, 0, 0]]
+
+
+# --------------------------------------------------------- two turns, in each of which the wanted token is told
+
+
+ROWS, GROUP, WIDTH = 64, 4, 8
+SMALL = {"vocab": 12, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "width": 16, "mlp": 32, "context": 32, "tied": True}
+
+
+def echo(state, text):
+    """state = (tokens that will be wanted); the next one is told."""
+    return state[1:], f"2 {state[1]}" if len(state) > 1 else "", float(text == str(state[0])), len(state) == 1
+
+
+@pytest.mark.slow
+def test_a_policy_learns_to_do_what_its_environment_says():
+    model = decoder.build(decoder.DecoderConfig(**SMALL, scalar=None))
+    params = jax.jit(lambda key: shard.unbox(model.init(key)))(keys.key(0, "init"))
+    tx = optim.adam(learning_rate=2e-2, steps=99, decay="constant")
+    state = TrainState(jnp.int32(0), params, tx.init(params))
+    update = jax.jit(make_step(partial(online.grpo, model=model), tx))
+    answer = jax.jit(partial(sample, model, length=1, eos=EOS))
+    said = jax.jit(partial(rollout.said, model, temperature=1.0))
+    assemble = jax.jit(partial(rollout.assemble_groups, group=GROUP, estimator=advantages.grpo))
+    scores = []
+    for i in range(40):
+        wanted = np.repeat(np.random.default_rng(i).integers(3, 7, (ROWS // GROUP, 2)), GROUP, axis=0)
+        drawn_logp = []
+
+        def draw(documents, turn, i=i, params=state.params, drawn_logp=drawn_logp):
+            row_keys = keys.of_rows(keys.key(0, "sample", i, turn), np.arange(ROWS))
+            prompts = tables.pad(documents, WIDTH - 1, side="left")
+            batch, logp, _ = answer(params, row_keys, prompts.replace(weights=0 * prompts.weights))
+            drawn_logp.append(np.asarray(logp[:, -1]))
+            return np.asarray(batch.tokens[:, -1:]).tolist()
+
+        prompts = [prompt(2, w) for w in wanted[:, 0]]
+        states = [tuple(row) for row in wanted.tolist()]
+        episodes = play(echo, states, prompts, draw, encode=encode, decode=decode, turns=2, length=WIDTH - 1)
+        assert all(episode.done and episode.turns == 2 for episode in episodes)
+        batch = jax.tree.map(jnp.asarray, tables.pad([episode.document for episode in episodes], WIDTH))
+        logp, _, value = said(state.params, batch)
+        np.testing.assert_allclose(logp[:, jnp.array([2, 5])].T, drawn_logp, atol=1e-4)  # what was drawn, turn by turn
+        rewards = jnp.array([episode.reward for episode in episodes], jnp.float32)
+        data = assemble(batch, logp, logp, value, rewards, 0.0)
+        state, metrics = update(state, data)
+        assert metrics["train/weight"] == ROWS and metrics["policy/ratio"] == pytest.approx(1, abs=1e-5)
+        scores.append(float(rewards.mean()))
+    assert np.mean(scores[:3]) < 0.5 and np.mean(scores[-3:]) > 1.4, scores  # of 2
