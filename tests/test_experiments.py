@@ -474,7 +474,7 @@ def prepared(tiny, monkeypatch):
     """(config) -> the Job of a PPO run; its models are never called."""
     monkeypatch.setattr(common, "new_state", lambda *_, **__: (None, TrainState(None, None, None, {"rollout": None}, None)))
     loaded = common.Loaded(tiny.model, tiny.params, reviews.tokenizer(), "", "")
-    return lambda config: ppo.prepare(config, shard.make_mesh(devices=jax.devices()[:1]), loaded, [], None)[0]
+    return lambda config: ppo.prepare(config, shard.make_mesh(devices=jax.devices()[:1]), loaded, [], max)[0]
 
 
 def test_no_prompt_that_is_held_out_is_trained_on(prepared):
