@@ -1,7 +1,6 @@
 """What the drivers share: models, rows and texts by config."""
 
 import hashlib
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,7 +89,7 @@ def _read(source: str, settings, form: dict, key):
     if not (folder / ARCHITECTURE).exists() or (folder / "model").exists():
         return checkpoints.tokenizer(settings.tokenizer or source), *checkpoints.load(source, **form), None
     tokenizer = checkpoints.tokenizer(settings.tokenizer or folder / "tokenizer")
-    saved = json.loads((folder / ARCHITECTURE).read_text()) | form
+    saved = log.read_json(folder / ARCHITECTURE) | form
     base = saved.pop("base", None)
     architecture = models.config_of(saved)
     like = shard.unbox(jax.eval_shape(models.build(architecture).init, key))

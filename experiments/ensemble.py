@@ -32,7 +32,7 @@ def score_of_all(params, batch, *, model, doubt: float):
 
 
 def load(source, settings, mesh, *, seed: int, doubt: float):
-    """-> (the first member as common.Loaded, the params of all, a list; scores(params, batch) -> f32 [B])
+    """-> (the first member as common.Loaded, with the digests of all; the params of all, a list; scores(params, batch) -> f32 [B])
 
     Args: settings, seed: as of common.load. Raises ValueError where a member's architecture or tokenizer is another.
     """
@@ -41,4 +41,5 @@ def load(source, settings, mesh, *, seed: int, doubt: float):
     for one, name in zip(members, folders(source), strict=True):
         if (one.model.config, one.tokenizer_digest) != (first.model.config, first.tokenizer_digest):
             raise ValueError(f"{name} and {source} are of different architectures or tokenizers: they are no ensemble")
+    first = first._replace(digest="+".join(one.digest for one in members))
     return first, [one.params for one in members], partial(score_of_all, model=first.model, doubt=doubt)

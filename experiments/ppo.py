@@ -5,7 +5,6 @@ jaxalign/objectives/online.py (the loss) and jaxalign/train/step.py (the update)
 `run`, in a file such as experiments/grpo.py.
 """
 
-import json
 import time
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from jaxalign import keys, rewards, rollout, shard
 from jaxalign.data import tables
 from jaxalign.objectives.online import ppo
 from jaxalign.ops import advantages
-from jaxalign.train import loop, optim
+from jaxalign.train import log, loop, optim
 from jaxalign.train.step import make_step
 
 
@@ -233,12 +232,14 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, algorithm: A
 
     every, stop = (n * updates_of(config.run) for n in (config.evaluate.every, config.run.iterations))
 
+    seen = {}  # of held-out prompts, by step
+
     def held_out(done, state):
         """What the policy does on held-out prompts, every `evaluate.every` iterations and at the end; 0: never."""
         if not every or (done % every and done < stop):
             return {}
-        found, samples = measure(state.model_params)
-        return {f"{name}/held_out": float(np.nanmean(x)) for name, x in found.items()} | {"samples": samples}
+        seen[done], samples = measure(state.model_params)
+        return {f"{name}/held_out": float(np.nanmean(x)) for name, x in seen[done].items()} | {"samples": samples}
 
     launch.begin(workdir, policy)
     around = time.monotonic() - began
@@ -250,20 +251,19 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, algorithm: A
         stop=stop,
         hooks=[held_out],
         config=config,
-        identity={"reference": policy.digest, "reward model": common.digest(judges), "tokenizer": policy.tokenizer_digest},
+        identity={"reference": policy.digest, "reward model": judge.digest, "tokenizer": policy.tokenizer_digest},
         **config.loop,
     )
     ended = time.monotonic()
-    (before, _), (after, _) = measure(job.reference), measure(state.model_params)
+    before, after = seen.get(0) or measure(job.reference)[0], seen.get(stop) or measure(state.model_params)[0]
     summary = {}
     for name, when, found in [(name, *side) for name in ("gold", "proxy") for side in (("before", before), ("after", after))]:
         if name in found:
             summary[f"{name}/{when}"] = np.nanmean(found[name])
             summary[f"{name}/{when}_stderr"] = np.nanstd(found[name]) / len(found[name]) ** 0.5
     summary |= {"kl/final": after["kl"].mean(), "kl/target": config.kl.target, "kl/beta": state.loop["beta"]}
-    told = Path(judge_source) / "summary.json"  # of the reward stage, where the reward model is one's own
-    if told.exists():
-        summary |= {name: x for name, x in json.loads(told.read_text()).items() if name.startswith("reward_model/acc")}
+    told = log.read_json(Path(judge_source) / "summary.json")  # of the reward stage, where the reward model is one's own
+    summary |= {name: x for name, x in told.items() if name.startswith("reward_model/acc")}
     summary["seconds"] = stages.seconds() + around + launch.looped(workdir) + time.monotonic() - ended
     plain = policy.model._replace(config=replace(policy.model.config, scalar=None))
     params = state.model_params["policy"] if critic == "own" else state.model_params
