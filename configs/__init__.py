@@ -26,6 +26,15 @@ ADAPTER = {  # what is trained of a model that is there
 }
 
 
+def made_before(config, made):
+    """The stages before this one: those before `made`, no more its own, and `made`, the comparisons; all follow config."""
+    config.stages = {**made.stages, "compare": made}
+    del made.stages
+    for stage in config.stages.values():
+        follow(config, stage)
+    follow(config, made, "model")
+
+
 def follow(config, stage, *sections):
     """The stage's seed, mesh and these sections say what the config's say, also where they are changed."""
     stage.seed = config.get_oneway_ref("seed")

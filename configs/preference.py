@@ -12,7 +12,7 @@ kto 1.52 ± 0.07 at 8.0, simpo 1.53 ± 0.06 at 8.6, whose answers shrink from 18
 
 from ml_collections import ConfigDict
 
-from configs import ADAPTER, GUARD, LOOP, compare, follow
+from configs import ADAPTER, GUARD, LOOP, compare, made_before
 
 OBJECTIVES = {  # the functions of jaxalign/objectives/preference.py, and all of their arguments
     "dpo": {"beta": 0.1, "nll_weight": 0.0},
@@ -70,12 +70,8 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     # prompts of held-out comparisons that no training row has; updates between two looks at them, 0: none; samples shown
     config.evaluate = {"prompts": 256, "every": 56, "samples": 16}
     config.gold = {"lexicon": "reviews"}  # reported, never trained on; a .jsonl file, or "" for none
-    made = compare.get_config(variant if variant in ("tiny", "t5") else "reviews")  # the stages before this one
-    config.stages = {**made.stages, "compare": made}
-    del made.stages
-    for stage in config.stages.values():
-        follow(config, stage)
-    follow(config, made, "model")
+    made = compare.get_config(variant if variant in ("tiny", "t5") else "reviews")
+    made_before(config, made)
     return VARIANTS[variant](config)
 
 

@@ -10,7 +10,7 @@ Results, on 2 CPU cores, seed 0: reviews 0.786 ± 0.013 of held-out pairs (ceili
 
 from ml_collections import ConfigDict
 
-from configs import ADAPTER, GUARD, LOOP, compare, follow
+from configs import ADAPTER, GUARD, LOOP, compare, made_before
 
 OBJECTIVES = {  # the functions of jaxalign/objectives/reward.py, and all of their arguments
     "pairwise": {"centring": 0.0},  # these three learn from pairs
@@ -61,12 +61,8 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.guard = GUARD
     config.loop = LOOP
     config.evaluate = {"every": 0}  # updates between two looks at the held-out rows, beside those before and after; 0: none
-    made = compare.get_config(variant if variant in compare.VARIANTS else "reviews")  # the stages before this one
-    config.stages = {**made.stages, "compare": made}
-    del made.stages
-    for stage in config.stages.values():
-        follow(config, stage)
-    follow(config, made, "model")
+    made = compare.get_config(variant if variant in compare.VARIANTS else "reviews")
+    made_before(config, made)
     return VARIANTS[variant](config)
 
 
