@@ -17,6 +17,7 @@ GUARD = {"sigmas": 0.0, "window": 100}  # std of the gradient norms of the last 
 
 ADAPTER = {  # what is trained of a model that is there
     "kind": "none",  # all of it; lora, ia3, prefix, prompt, last (layers), head (the scalar head, which all of them train, alone)
+    "source": "",  # lora, ia3, prefix, prompt: a folder of PEFT's or of a run, whose adapter is trained on, as it is there
     "targets": "attention|mlp",  # lora, ia3: regular expression for names of dense layers: layers.attention.q, layers.mlp.down
     "rank": 16,  # lora
     "alpha": 32.0,  # lora: x A B comes times alpha/rank

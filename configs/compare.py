@@ -15,7 +15,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}
     # length: tokens of a prompt; plain prompts are cut to their first ones; chat: as a user's turn
     config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "chat": False, "length": 16}
-    config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "slots": 0}  # slots: rows at a time; 0: all
     config.gold = {"lexicon": "reviews"}  # or a .jsonl file of {"token", "valence"}
     config.annotator = {"temperature": 0.5}  # points of the gold score; 0.5 is a careful but human judge
     config.run = {"batch": 256}

@@ -11,11 +11,11 @@ at 6.8; dapo 1.49 at 4.4. PPO, after as many: 1.56 at 4.2, and 2.27 at 5.0 with 
 
 from ml_collections.config_dict import placeholder
 
-from configs import ppo
+from configs import _pods, ppo
 
 
 def get_config(variant: str = "reviews"):
-    config = ppo.get_config("tiny" if variant == "tiny" else "reviews")
+    config = ppo.get_config({"tiny": "tiny", "qwen2_7b": "llama3_8b"}.get(variant, "reviews"))
     del config.advantage, config.objective, config.run.critic
     # overlong: over how many tokens, up to the most that a response may have, the penalty of its length grows to 1; 0: none
     config.advantage = {"estimator": "grpo", "overlong": 0}
@@ -58,4 +58,4 @@ def tiny(config):
     return config
 
 
-VARIANTS = {"reviews": reviews, "tiny": tiny, "dr_grpo": dr_grpo, "dapo": dapo}
+VARIANTS = {"reviews": reviews, "tiny": tiny, "dr_grpo": dr_grpo, "dapo": dapo, "qwen2_7b": _pods.qwen2_7b}

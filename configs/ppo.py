@@ -13,7 +13,7 @@ smollm2   seed 0, 12 min: gold 0.36 to 1.86 ± 0.29 at a KL of 3.1 nats (target 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import ADAPTER, GUARD, LOOP, follow, reward
+from configs import ADAPTER, GUARD, LOOP, _pods, follow, reward
 
 
 def get_config(variant: str = "reviews") -> ConfigDict:
@@ -23,8 +23,11 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}  # policy and reference
     # doubt: of an ensemble (stages.reward.run.members), what the variance of its scores costs; inf: its worst score counts
     config.reward_model = {"source": "stage:reward", "tokenizer": "", "dtype": "float32", "remat": "none", "doubt": 0.0}
+    # name: who answers and rewards the policy in the place of a reward model: a function of jaxalign/feedback/environments.py, or
+    # what one's own is called; "" for none. The first state is the prompt's row. turns: at most; length: tokens before the last one
+    config.environment = {"name": "", "turns": 1, "length": 16}
     config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "chat": False, "length": 16}
-    config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "slots": 0}  # slots: rows at a time; 0: all
     config.unended = {"replace": placeholder(float), "penalty": 0.0}  # the score of a response that has no EOS
     config.advantage = {"gamma": 1.0, "lam": 0.95, "whiten_advantages": True}
     # beta: reward per nat; target: nats a response; horizon: episodes (inf: beta stays); limit: of the relative error
@@ -71,7 +74,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     # prompts that PPO never trains on; iterations between two looks at them, 0: none; samples shown
     config.evaluate = {"prompts": 256, "every": 20, "samples": 16}
     config.gold = {"lexicon": "reviews"}  # reported, never seen by policy or reward model; a .jsonl file, or "" for none
-    made = reward.get_config(variant)
+    made = reward.get_config(variant if variant in reward.VARIANTS else "hh")  # _pods: real preferences
     config.stages = {**made.stages, "reward": made}
     del made.stages
     for name, stage in config.stages.items():
@@ -113,3 +116,4 @@ def t5(config):
 
 
 VARIANTS = {"reviews": reviews, "tiny": tiny, "t5": t5, "smollm2": smollm2}
+VARIANTS |= {"llama3_8b": _pods.llama3_8b, "ppo_70b": _pods.ppo_70b}

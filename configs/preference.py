@@ -49,7 +49,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
         "length": 40,
         "source_length": 0,  # of an encoder-decoder: tokens that the encoder reads; 0: `length`
     }
-    config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # answers to held-out prompts
+    config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "slots": 0}  # answers to held-out prompts
     # name: a function of jaxalign/objectives/preference.py; the rest: all of its arguments. The variant of a name has them.
     config.objective = {"name": "dpo", **OBJECTIVES["dpo"]}
     config.adapter = ADAPTER  # the reference is the model below it

@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.completion = ""  # score this text after the prompt, instead of sampling
     config.draws = 1  # samples a prompt
     config.batch = 8
-    config.sample = {"length": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0}  # temperature 0 is greedy
+    # temperature 0 is greedy; slots: rows decoded at a time, 0: all
+    config.sample = {"length": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "slots": 0}
     config.output = ""  # a .jsonl file for prompt, text, token ids and the log-probability of each token
     return config

@@ -10,7 +10,7 @@ Results, on 2 CPU cores, seed 0, held-out loss in nats a target token: reviews 4
 
 from ml_collections import ConfigDict
 
-from configs import ADAPTER, GUARD, LOOP
+from configs import ADAPTER, GUARD, LOOP, _pods
 
 
 def get_config(variant: str = "reviews") -> ConfigDict:
@@ -119,3 +119,4 @@ def lora(config):
 
 
 VARIANTS = {"reviews": reviews, "tiny": tiny, "t5": t5, "instructions": instructions, "lora": lora}
+VARIANTS |= {"llama3_8b": _pods.sft_llama3_8b, "t5_xxl": _pods.t5_xxl}

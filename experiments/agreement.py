@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import rewards
 from jaxalign.ops import calibration
 
 
@@ -50,6 +51,29 @@ def of_scores(scores, better, worse, lengths) -> tuple[dict, dict]:
     if lengths.std() > 0:
         summary["length_correlation"] = np.corrcoef(scores, lengths)[0, 1]
     return {f"reward_model/{name}": x for name, x in summary.items()}, figures
+
+
+def of_steps(logits, data, prompts) -> dict:
+    """How the logits of steps agree with their labels, and which of several solutions to a prompt they pick. -> summary
+
+    step_accuracy; step_auc, how often a right step has a higher logit than a wrong one; right, the share of solutions of which no
+    step is known to be wrong; best_of_n_product, _worst, _last, the share of prompts where the one that scores highest by
+    rewards.product_of_steps, worst_step or last_step is right, with standard error; best_of_n_any, where any is.
+    Args: logits f32 [n,T]; data: Stepwise, n solutions; prompts: of each.
+    """
+    label, ends = data.label, data.solutions.weights
+    right, wrong = (np.sort(logits[label > 0.5])), np.sort(logits[label < 0.5])
+    summary = {"step_accuracy": ((right > 0).sum() + (wrong < 0).sum()) / (len(right) + len(wrong))}
+    if len(right) and len(wrong):
+        summary["step_auc"] = (np.searchsorted(wrong, right) + np.searchsorted(wrong, right, "right")).mean() / 2 / len(wrong)
+    sound = ~(label < 0.5).any(1)
+    groups = [np.flatnonzero(np.array(prompts) == prompt) for prompt in dict.fromkeys(prompts)]
+    summary |= {"right": sound.mean(), "best_of_n_any": np.mean([sound[rows].any() for rows in groups])}
+    for name, of_all in (*(("product", rewards.product_of_steps), ("worst", rewards.worst_step), ("last", rewards.last_step)),):
+        scores = np.asarray(of_all(jnp.asarray(logits), jnp.asarray(ends)))
+        picked = np.array([sound[rows[scores[rows].argmax()]] for rows in groups])
+        summary |= {f"best_of_n_{name}": picked.mean(), f"best_of_n_{name}_stderr": picked.std() / len(picked) ** 0.5}
+    return {f"reward_model/{name}": x for name, x in summary.items()}
 
 
 def with_gold(rows, scores) -> dict:

@@ -12,8 +12,9 @@ import numpy as np
 
 from experiments.launch import ARCHITECTURE
 from jaxalign import keys, models, shard
-from jaxalign.data import reviews, sources, tables, text
-from jaxalign.models import adapters, checkpoints
+from jaxalign.data import arithmetic, opinions, reviews, sources, tables, text
+from jaxalign.models import adapters, checkpoints, peft
+from jaxalign.models.files import digest
 from jaxalign.models.parts import Adapter
 from jaxalign.rewards import score_texts, sentiment
 from jaxalign.sample import sample
@@ -21,13 +22,22 @@ from jaxalign.train import checkpoint, log
 from jaxalign.types import Batch, Model, TrainState, join
 
 HEADS = {"value": lambda width: 0.0, "reward": lambda width: (width + 1) ** -0.5}  # Ziegler et al. 2019
-GENERATED = {"reviews": reviews.reviews, "openings": reviews.openings}  # sources that need no file
+GENERATED = {  # sources that need no file: (count, *, seed) -> rows
+    **{
+        make.__name__: lambda count, *, seed, make=make: [{"text": text} | reviews.cut(text) for text in make(count, seed=seed)]
+        for make in (reviews.reviews, reviews.openings)
+    },
+    **{make.__name__: make for make in (arithmetic.secrets, arithmetic.games, arithmetic.solutions)},
+    **{make.__name__: make for make in (opinions.sentiment, opinions.entailment, opinions.similarity, opinions.choice)},
+}
+TOKENIZERS = {"reviews": reviews.tokenizer, "arithmetic": arithmetic.tokenizer}  # of these
 
 
 class Loaded(NamedTuple):
     """A model on a mesh, its tokenizer, and digests that tell them from others.
 
     base: of a model with an adapter, the source of its other weights, and their digest.
+    goes_on: its adapter is one that was trained before.
     """
 
     model: Model
@@ -36,34 +46,60 @@ class Loaded(NamedTuple):
     digest: str
     tokenizer_digest: str
     base: dict | None = None
+    goes_on: bool = False
+
+    @property
+    def reference(self):
+        """The parameters that a run is held to: its first ones or, where an adapter goes on, those of the model below.
+
+        Virtual tokens stay as they begin. No weight is copied.
+        """
+        return adapters.neutral(self.params) if self.goes_on else self.params
 
 
 def load(
-    source: str, settings, mesh, *, seed: int, scratch=None, head: str | None = None, draw_head: bool = True, adapter=None
+    source: str,
+    settings,
+    mesh,
+    *,
+    seed: int,
+    scratch=None,
+    head: str | None = None,
+    draw_head: bool = True,
+    adapter=None,
+    tokens: tuple[str, ...] = (),
 ) -> Loaded:
-    """The model of a source: as checkpoints.load has them, a run's folder that has no model yet but checkpoints, or "scratch", a
-    new one of the architecture in the `scratch` section.
+    """The model of a source: as checkpoints.load has them; a run's folder that has no model yet but checkpoints; "scratch", a new
+    one of the architecture in the `scratch` section; or the folder of an adapter, as PEFT has them, merged into the model that it
+    names, or, as ADAPTER@MODEL, into another.
 
     Args:
         settings: the config's model section.
         head: the scalar head to have, "value" or "reward" (HEADS: the std of its kernel's first values).
         draw_head: draw that head where the source brings none; else that is an error.
         adapter: the config's section of a model that is to be trained: the fields of models.parts.Adapter; kind "none": train all.
+        tokens: special tokens for a model that is there to have; those that it lacks are drawn.
     """
     key, form = keys.key(seed, "init"), {"dtype": settings.dtype, "remat": settings.remat}
     if source == "scratch":
         named = settings.tokenizer or scratch.tokenizer
-        tokenizer = reviews.tokenizer() if named == "reviews" else checkpoints.tokenizer(named)
+        tokenizer = TOKENIZERS[named]() if named in TOKENIZERS else checkpoints.tokenizer(named)
         architecture, host, base = models.config_of({"vocab": len(tokenizer), **scratch.architecture, **form}), None, None
     else:
         tokenizer, architecture, host, base = _read(source, settings, form, key)
+        if tokens:
+            architecture, host = _with_tokens(tokenizer, architecture, host, tokens, jax.random.fold_in(key, 3))
         std = HEADS[head](architecture.width) if head else None
         if head and not draw_head and "scalar" in host and not np.isclose(architecture.scalar, std):
             raise ValueError(f"{source} holds no {head} head: its checkpoints are of another kind of run")
     wanted = Adapter(**adapter) if adapter is not None and adapter.kind != "none" else None
     own = architecture.adapter
-    if own and adapter is not None and (wanted is None or (own.kind, own.virtual) != (wanted.kind, wanted.virtual)):
-        raise ValueError(f"{source} has a {own.kind} of {own.length}; adapter.kind and length say the same, to train it on")
+    if own and adapter is not None and ((adapter.kind, adapter.length) != (own.kind, own.length) or adapter.source):
+        told = "adapter.kind and length say the same, and adapter.source nothing, to train it on"
+        raise ValueError(f"{source} has a {own.kind} of {own.length}; {told}")
+    if wanted and host is not None and not own:
+        architecture, host = adapters.adapt(architecture, host, wanted, jax.random.fold_in(key, 1))
+        base = {"source": _absolute(source), "digest": digest(_frozen(architecture, host))}
     model = models.build(replace(architecture, scalar=HEADS[head](architecture.width) if head else None))
     if host is None:
         params, _ = shard.create(model.init, mesh, key)
@@ -74,18 +110,31 @@ def load(
             if not draw_head:
                 raise ValueError(f"{source} has no scalar head (score.weight): experiments.reward makes a reward model of it")
             host["scalar"] = shard.fetch(jax.jit(lambda key: shard.unbox(model.init(key)["scalar"]))(key))
-        if wanted and not own:
-            adapted, host = adapters.adapt(model.config, host, wanted, jax.random.fold_in(key, 1))
-            under = str(Path(source).resolve()) if Path(source).exists() else source
-            model, base = models.build(adapted), {"source": under, "digest": digest(_frozen(adapted, host))}
         params = shard.put(host, shard.shardings(jax.eval_shape(model.init, key), mesh))
     words = tokenizer.backend_tokenizer.to_str().encode()
-    return Loaded(model, params, tokenizer, digest(params), hashlib.sha256(words).hexdigest()[:16], base)
+    goes_on = wanted is not None and wanted.source != ""
+    return Loaded(model, params, tokenizer, digest(params), hashlib.sha256(words).hexdigest()[:16], base, goes_on)
+
+
+def _absolute(source: str) -> str:
+    """The same, wherever it is read."""
+    parts = [source] if Path(source).exists() else source.split("@")
+    return "@".join(str(Path(part).resolve()) if Path(part).exists() else part for part in parts)
 
 
 def _read(source: str, settings, form: dict, key):
     """-> tokenizer, architecture, host parameters, Loaded.base. An adapter is merged with the weights that it was trained on."""
-    folder = Path(source)
+    name, _, below = (source, "", "") if Path(source).exists() else source.partition("@")
+    folder = Path(name)
+    if (folder / peft.CONFIG).exists():
+        below = below or peft.base_of(folder)
+        tokenizer, architecture, host, _ = _read(below, settings, form, key)
+        if not settings.tokenizer and (folder / "tokenizer.json").exists():
+            tokenizer = checkpoints.tokenizer(name)
+        architecture, host = peft.load(folder, architecture, host)
+        if architecture.adapter.virtual:
+            return tokenizer, architecture, host, {"source": _absolute(below), "digest": digest(_frozen(architecture, host))}
+        return tokenizer, *adapters.merge(architecture, host), None
     if not (folder / ARCHITECTURE).exists() or (folder / "model").exists():
         return checkpoints.tokenizer(settings.tokenizer or source), *checkpoints.load(source, **form), None
     tokenizer = checkpoints.tokenizer(settings.tokenizer or folder / "tokenizer")
@@ -107,17 +156,24 @@ def _read(source: str, settings, form: dict, key):
     return tokenizer, *adapters.merge(architecture, join(below, host)), None
 
 
+def _with_tokens(tokenizer, architecture, host, tokens, key):
+    """The tokenizer learns special tokens. -> architecture and parameters with a row for each that it lacked, in the embedding and
+    in a head of its own, drawn as the others lie: normal, with their mean and standard deviation in each dimension."""
+    first = len(tokenizer)
+    new = tokenizer.add_tokens(list(tokens), special_tokens=True)
+
+    def grown(rows, key):
+        drawn = rows.mean(0) + rows.std(0) * np.asarray(jax.random.normal(key, (new, rows.shape[1])))
+        return np.concatenate([rows[:first], drawn.astype(rows.dtype), rows[first + new :]])  # a table may have had spare rows
+
+    for n, (part, name) in enumerate([("embed", "tokens"), ("head", "kernel")]):
+        if part in host:
+            host = host | {part: host[part] | {name: grown(host[part][name], jax.random.fold_in(key, n))}}
+    return replace(architecture, vocab=len(host["embed"]["tokens"])), host
+
+
 def _frozen(architecture, params):
     return adapters.split(params, adapters.trained_leaves(architecture))[0]
-
-
-def digest(tree) -> str:
-    """Sixteen hexadecimal digits that tell this tree of arrays from others."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        total.update(jax.tree_util.keystr(path).encode())
-        total.update(np.ascontiguousarray(shard.fetch(leaf)))
-    return total.hexdigest()[:16]
 
 
 def new_state(loaded: Loaded, tx, mesh, **carried):
@@ -144,7 +200,7 @@ def read_rows(source: str, count: int, *, seed: int) -> list[dict]:
     if source in GENERATED:
         if not count:
             raise ValueError(f"{source!r} has no end: say how many rows, by `count`")
-        return [{"text": text} | reviews.cut(text) for text in GENERATED[source](count, seed=seed)]
+        return GENERATED[source](count, seed=seed)
     name, _, split = source.partition("@") if source.startswith("hub:") else (source, "", "")
     rows = sources.read(name, split=split or "train")
     return rows[:count] if count else rows
@@ -182,6 +238,14 @@ def document(
     return text.prompt_completion(tokenizer, prompt, answer or "", eos=eos and answer is not None)
 
 
+def fill_each(template: str, row: dict) -> list[str]:
+    """A template of one {column}, which is a list: filled with each of its entries. ValueError where it is none."""
+    (column,) = text.fields(template)
+    if not isinstance(row.get(column), list):
+        raise ValueError(f"'{column}' is {text.brief(row.get(column))}, not a list")
+    return [text.fill(template, row | {column: entry}) for entry in row[column]]
+
+
 def collect(rows, make, *, length: int, source: str, **settings) -> tables.Table:
     """tables.collect, and a line on what became of the rows."""
     table = tables.collect(rows, make, length=length, source=source, **settings)
@@ -197,12 +261,19 @@ def openings(
 
     Args: start: of `start_of`.
     """
+    settings = {"source": source, "count": count, "template": template, "length": length, "chat": chat}
+    return [prompt for prompt, _ in openings_and_rows(tokenizer, **settings, seed=seed, start=start)]
+
+
+def openings_and_rows(tokenizer, *, source, count, template, length, chat, seed, start=None) -> list[tuple[text.Document, dict]]:
+    """The same, each with the row that it was made of."""
 
     def make(row):
         return document(tokenizer, text.fill(template, row), None, chat=chat, start=start)
 
     rows, keep = read_rows(source, count, seed=seed), "end" if chat else "start"
-    return collect(rows, make, length=length, source=source, keep=keep, targets=False).documents
+    table = collect(rows, make, length=length, source=source, keep=keep, targets=False)
+    return [(prompt, rows[n]) for prompt, n in zip(table.documents, table.rows, strict=True)]
 
 
 def prompt_columns(model: Model, length: int) -> tuple[int, int]:
@@ -218,11 +289,17 @@ def rows_of(documents, numbers, length: int, mesh, vocab: int):
 
 
 def sampler(model: Model, mesh, eos: int, settings):
-    """The compiled sampler: (params, keys, prompts) -> Batch. ValueError without an EOS: nothing would ever end."""
+    """The compiled sampler: (params, keys, prompts, group=1) -> Batch. ValueError without an EOS: nothing would ever end.
+
+    group: of so many rows, one behind the other, the prompt is the same, and read once.
+    """
     if eos is None:
         raise ValueError("this tokenizer has no EOS token, so no response would ever end: set its eos_token")
-    draw = partial(sample, model, eos=eos, **settings)
-    return shard.on_mesh(jax.jit(lambda params, row_keys, prompts: draw(params, row_keys, prompts)[0]), mesh)
+
+    def draw(params, row_keys, prompts, group=1):
+        return sample(model, params, row_keys, jax.tree.map(lambda x: x[::group], prompts), eos=eos, **settings)[0]
+
+    return shard.on_mesh(jax.jit(draw, static_argnums=3), mesh)
 
 
 def ids(batch: Batch) -> list[tuple[list, list]]:
@@ -250,6 +327,22 @@ def gold_reward(lexicon: str):
         sources.require(rows, ("token", "valence"), lexicon, numbers=("valence",))
         valences = {row["token"]: row["valence"] for row in rows}
     return partial(score_texts, partial(sentiment, valences=valences))
+
+
+def held_out_means(objective, mesh, documents, size: int, **lengths):
+    """-> (params) -> {name: its mean over all these documents}, of what an objective (params, Batch) -> (sum, sums) says."""
+    measure = shard.on_mesh(jax.jit(objective), mesh)
+
+    def means(params) -> dict[str, float]:
+        found = []
+        for part, count in parts(documents, size):
+            batch = tables.pad(part, **lengths)
+            batch.weights[count:] = 0
+            found.append(shard.fetch(measure(params, shard.place(batch, mesh))[1]))
+        total = {name: sum(float(sums[name]) for sums in found) for name in found[0]}
+        return {name: x / total["weight"] for name, x in total.items() if name != "weight"}
+
+    return means
 
 
 def parts(documents: list, size: int):

@@ -58,7 +58,7 @@ def of_groups(objective) -> ppo.Algorithm:
         return kept
 
     def beside(config, policy, mesh):
-        return (lambda i: policy.params) if exact(config) else None
+        return (lambda i: policy.reference) if exact(config) else None
 
     return ppo.Algorithm(bound, assemble, data=data, beside=beside)
 

@@ -39,10 +39,11 @@ MADE_FROM = "made_from.json"  # of a stage's folder: what the stages before it c
 HOW = ("mesh", "loop")  # settings that change how a stage is made, not what comes out
 
 
-def main(run, name: str, *, folder: bool = True):
+def main(run, name: str, *, folder: bool = True, check=check):
     """Parse the flags, check the settings, and call run(config, workdir), or run(config) where the run leaves no folder.
 
     What a user can mend ends in a paragraph, not in a traceback. One process at a time writes in a workdir.
+    Args: check: (config) -> raises ValueError where a setting is wrong.
     """
 
     def start(arguments):
@@ -51,6 +52,7 @@ def main(run, name: str, *, folder: bool = True):
         logging.set_verbosity(logging.WARNING)
         given = flags.FLAGS
         try:
+            keep_compiled()
             _join(given.distributed)
             check(given.config)
             if folder:
@@ -106,6 +108,22 @@ def _parse(name: str, folder: bool, arguments):
         sys.exit(f"no such setting or value: {cause}\nThe settings of {path}, and what they mean, are in that file.")
 
 
+def keep_compiled():
+    """Keep compiled programs in the user's cache, for the next start, unless JAX's own settings say where, or "" for nowhere.
+
+    Nowhere, too, where that folder cannot be written. Whoever can write in it can run programs as this user.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxalign"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+        return
+    if os.access(folder, os.W_OK | os.X_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def _join(place: str):
     """Become one of several processes: "" for none, "auto", or ADDRESS:PORT/PROCESSES/NUMBER."""
     heard = {"heartbeat_timeout_seconds": 30}  # from a process that is gone; the others then end, too
@@ -123,7 +141,7 @@ def writing(folder: str | Path):
 
     Raises OSError where there can be no such folder, or another process, also one on another machine, writes in it.
     """
-    folder, lock, refused = _local(folder), None, ""
+    folder, lock, refused = local(folder), None, ""
     if jax.process_index() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +160,7 @@ def writing(folder: str | Path):
             lock.close()
 
 
-def _local(path: str | Path) -> Path:
+def local(path: str | Path) -> Path:
     if re.match(r"\w{2,}:/", str(path)):
         raise OSError(
             f"{path} is not on this machine. Give a local path and copy it there in the end, or mount the bucket (gcsfuse)"
@@ -247,7 +265,7 @@ def replacing(path: str | Path):
     if jax.process_index() != 0:
         yield lambda row: None
         return
-    path = _local(path)
+    path = local(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)

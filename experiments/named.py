@@ -22,14 +22,18 @@ def hyperparameters(objective) -> dict:
     return {name: x.default for name, x in taken.items() if x.kind is x.KEYWORD_ONLY and name != "model"}
 
 
-def resolve(module, settings):
-    """-> (the objective with its hyperparameters bound, the type of data that it learns from)
+def resolve(module, settings, own=None):
+    """-> (the objective with its hyperparameters bound, the type that it says for its `data`)
 
-    Args: settings: the config's section; its name is looked for among `objectives` of this one module, and nowhere else.
+    Args:
+        settings: the config's section; its name is looked for among `objectives` of this one module, and nowhere else.
+        own: one's own objective, whatever the name; the rest of the section is its.
     Raises ValueError where there is no such objective, or where the rest of the section is not what it takes.
     """
     hyper = dict(settings)
-    name, known = hyper.pop("name"), objectives(module)
+    name, known = hyper.pop("name", ""), objectives(module)
+    if own is not None:
+        name, known = own.__name__, {own.__name__: own}
     if name not in known:
         raise ValueError(f"objective.name = {name!r}: the objectives of {module.__name__} are {', '.join(known)}")
     taken = hyperparameters(known[name])

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, compare, ensemble, launch, reward, sft
+from experiments import common, compare, ensemble, environment, launch, reward, sft
 from jaxalign import keys, rewards, rollout, shard
 from jaxalign.data import tables
 from jaxalign.objectives.online import ppo
@@ -32,6 +32,7 @@ class Algorithm(NamedTuple):
     critic: Any = lambda config: "none"  # or "shared", a head on the policy's trunk; or "own", which starts as the reward model
     greedy: Any = lambda config: False  # whether the score of the likeliest response is its prompt's value
     data: Any = lambda config, model: lambda rollout: rollout  # (Rollout of whole groups, ...) -> what the objective learns from
+    environment: Any = None  # one's own, where `environment.name` names none of the library's
     beside: Any = lambda config, policy, mesh: None  # or (i) -> what `data` is given for update i, beside the rollout
 
 
@@ -49,10 +50,11 @@ class Job(NamedTuple):
     mesh: Any
     vocab: int
     reference: Any  # parameters
-    judge: Any  # parameters of the reward models, a list
-    prompts: list
-    held_out: list  # prompts that are not among those
-    draw: Any  # (params, keys, prompts) -> Batch
+    judge: list  # parameters of the reward models
+    prompts: list  # or, in an environment, environment.Starts
+    held_out: list  # that are not among those
+    play: Any  # None, or (draw, params, keys, starts) -> (Batch, f32 [B]): an environment in the place of the judge
+    draw: Any  # (params, keys, prompts, group=1) -> Batch
     greedy: Any  # None, or the same without chance
     judged: Any  # (judge, batch) -> f32 [B]
     ended: Any  # (batch) -> f32 [B], 1 where the response has its EOS
@@ -97,13 +99,16 @@ def collect(job: Job, state, iteration: int):
     if times_used:
         batch, scores = state.loop["rollout"].batch, state.loop["rollout"].score
     else:
-        batch, scores = jax.block_until_ready(respond(job, state.model_params, job.prompts, numbers, "sample", iteration))
+        batch, scores = jax.block_until_ready(
+            respond(job, state.model_params, job.prompts, numbers, "sample", iteration, run.group)
+        )
     clock.append(time.perf_counter())
 
     logp, entropy, value = job.said(state.model_params, batch)
     ref_logp, _, _ = job.said(job.reference, batch)
     if job.greedy:  # ReMax (Li et al. 2024): as a value of every token it is a baseline
-        _, likeliest = respond(job._replace(draw=job.greedy), state.model_params, job.prompts, numbers, "sample", iteration)
+        greedy = job._replace(draw=job.greedy)
+        _, likeliest = respond(greedy, state.model_params, job.prompts, numbers, "sample", iteration, run.group)
         value = jnp.broadcast_to(jnp.nan_to_num(likeliest)[:, None], logp.shape)
     beta = state.loop["beta"]
     rollout = job.assemble(batch, logp, ref_logp, value, scores, beta)
@@ -126,11 +131,18 @@ def collect(job: Job, state, iteration: int):
     return state.replace(loop={"beta": beta, "rollout": rollout, **kept}), metrics
 
 
-def respond(job: Job, params, documents, numbers, role: str, step: int):
-    """Responses to these prompts, and their scores by the reward model. -> (Batch, f32 [B])"""
+def respond(job: Job, params, documents, numbers, role: str, step: int, group: int = 1):
+    """Responses to these prompts, and their scores by the reward model or the environment. -> (Batch, f32 [B])
+
+    Args: group: of so many numbers, one behind the other, all are the same.
+    """
     row_keys = keys.of_rows(keys.key(job.config.seed, role, step), numbers)
-    batch = job.draw(params, row_keys, common.rows_of(documents, numbers, job.config.prompts.length, job.mesh, job.vocab))
-    scores = job.judged(job.judge, batch)
+    if job.config.environment.name:
+        batch, scores = job.play(job.draw, params, row_keys, [documents[n] for n in numbers])
+    else:
+        prompts = common.rows_of(documents, numbers, job.config.prompts.length, job.mesh, job.vocab)
+        batch = job.draw(params, row_keys, prompts, group)
+        scores = job.judged(job.judge, batch)
     return batch, advantages.without_eos(scores, job.ended(batch) > 0, **job.config.unended)
 
 
@@ -141,7 +153,7 @@ def evaluate(job: Job, tokenizer, gold, params):
         batch, scores = respond(job, params, job.held_out, numbers, "evaluate", 0)
         gap = job.said(params, batch)[0] - job.said(job.reference, batch)[0]
         of_rows = {"proxy": shard.fetch(scores), "kl": shard.fetch((gap * batch.targets).sum(axis=1))}
-        texts = common.texts(tokenizer, batch)
+        texts = (environment.dialogues if job.play else common.texts)(tokenizer, batch)
         if gold:
             of_rows["gold"] = gold([response for _, response in texts])
         found.append({name: x[:count] for name, x in of_rows.items()})
@@ -160,14 +172,13 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
     if run.batch % run.minibatches:
         raise ValueError(f"run.batch = {run.batch} does not divide into run.minibatches = {run.minibatches}")
     tx = optim.adam(steps=run.iterations * updates_of(run), **config.optim)
-    columns, source = common.prompt_columns(policy.model, config.prompts.length)
-    blank = rollout.blank(run.batch, columns + config.sample.length, source)
+    found, columns, play = environment.openings(config, policy, mesh, algorithm.environment)
+    blank = rollout.blank(run.batch, *columns)
     carried = {"rollout": blank} | ({"drawn_logp": blank.logp} if run.reuse > 1 else {})
     state, where = common.new_state(policy, tx, mesh, beta=jnp.float32(config.kl.beta), **shard.declare_rows(carried))
     hold = {"policy/approx_kl": run.stop_kl}
     update = make_step(algorithm.objective(config, policy.model), tx, accumulate=run.accumulate, hold_above=hold, **config.guard)
     learnt = algorithm.data(config, policy.model)
-    found = common.openings(policy.tokenizer, seed=config.seed, start=common.start_of(policy.model), **config.prompts)
     _, held_out = common.split(found, config.evaluate.prompts, "evaluate.prompts")
     known = {document.ids for document in held_out}
     prompts = [document for document in found if document.ids not in known]
@@ -187,13 +198,14 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
         config,
         mesh,
         policy.model.config.vocab,
-        reference=policy.params,
+        reference=policy.reference,
         judge=judges,
         prompts=prompts,
         held_out=held_out,
+        play=play,
         draw=common.sampler(policy.model, mesh, eos, config.sample),
         greedy=common.sampler(policy.model, mesh, eos, {**config.sample, "temperature": 0.0}) if algorithm.greedy(config) else None,
-        judged=compiled(judged),
+        judged=judged and compiled(judged),
         ended=compiled(rollout.ended, eos=eos),
         said=compiled(partial(rollout.said, policy.model), temperature=temperature),
         assemble=compiled(algorithm.assemble(config), where.loop["rollout"]),
@@ -209,30 +221,26 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
 def run(config, workdir: Path, stages: launch.Stages | None = None, algorithm: Algorithm = PPO):
     """Make the stages that are missing, then raise the reward of the policy's samples, held near the reference by a price of KL."""
     critic, mesh = algorithm.critic(config), shard.make_mesh(**config.mesh)
-    if critic == "own" and config.adapter.kind != "none":
-        raise ValueError(
-            f"run.critic = own trains a whole model, and adapter.kind = {config.adapter.kind} a part of one: take shared"
-        )
     gold = common.gold_reward(config.gold.lexicon) if config.gold.lexicon else None
     stages = stages or launch.Stages(workdir, config.stages, {"sft": sft.run, "compare": compare.run, "reward": reward.run})
-    policy_source, judge_source = stages.path(config.model.source), stages.path(config.reward_model.source)
+    policy_source = stages.path(config.model.source)
+    judge_source = "" if config.environment.name else stages.path(config.reward_model.source)
     began = time.monotonic()
     head = "value" if critic == "shared" else None
     policy = common.load(policy_source, config.model, mesh, seed=config.seed, head=head, adapter=config.adapter)
-    judge, judges, judged = ensemble.load(
-        judge_source, config.reward_model, mesh, seed=config.seed, doubt=config.reward_model.doubt
-    )
-    if policy.tokenizer_digest != judge.tokenizer_digest:
+    judge, judges, judged, told = None, [], None, {}
+    if judge_source:
+        settings = config.reward_model
+        judge, judges, judged = ensemble.load(judge_source, settings, mesh, seed=config.seed, doubt=settings.doubt)
+        told = log.read_json(Path(judge_source) / "summary.json")  # of the reward stage, where the reward model is one's own
+    if judge and policy.tokenizer_digest != judge.tokenizer_digest:
         raise ValueError(f"the policy ({policy_source}) and its reward model ({judge_source}) have different tokenizers")
     if critic == "own":
         model = rollout.with_critic(policy.model, judge.model)
         policy = policy._replace(model=model, params={"policy": policy.params, "critic": judge.params})
     job, state = prepare(config, mesh, policy, judges, judged, algorithm)
-    measure = partial(evaluate, job, policy.tokenizer, gold)
-
+    measure, seen = partial(evaluate, job, policy.tokenizer, gold), {}  # what was seen of held-out prompts, by step
     every, stop = (n * updates_of(config.run) for n in (config.evaluate.every, config.run.iterations))
-
-    seen = {}  # of held-out prompts, by step
 
     def held_out(done, state):
         """What the policy does on held-out prompts, every `evaluate.every` iterations and at the end; 0: never."""
@@ -251,18 +259,18 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, algorithm: A
         stop=stop,
         hooks=[held_out],
         config=config,
-        identity={"reference": policy.digest, "reward model": judge.digest, "tokenizer": policy.tokenizer_digest},
+        identity={"reference": policy.digest, "tokenizer": policy.tokenizer_digest}
+        | ({"reward model": judge.digest} if judge else {"environment": config.environment.name}),
         **config.loop,
     )
     ended = time.monotonic()
-    before, after = seen.get(0) or measure(job.reference)[0], seen.get(stop) or measure(state.model_params)[0]
+    before, after = seen.get(0) or measure(policy.params)[0], seen.get(stop) or measure(state.model_params)[0]
     summary = {}
     for name, when, found in [(name, *side) for name in ("gold", "proxy") for side in (("before", before), ("after", after))]:
         if name in found:
             summary[f"{name}/{when}"] = np.nanmean(found[name])
             summary[f"{name}/{when}_stderr"] = np.nanstd(found[name]) / len(found[name]) ** 0.5
     summary |= {"kl/final": after["kl"].mean(), "kl/target": config.kl.target, "kl/beta": state.loop["beta"]}
-    told = log.read_json(Path(judge_source) / "summary.json")  # of the reward stage, where the reward model is one's own
     summary |= {name: x for name, x in told.items() if name.startswith("reward_model/acc")}
     summary["seconds"] = stages.seconds() + around + launch.looped(workdir) + time.monotonic() - ended
     plain = policy.model._replace(config=replace(policy.model.config, scalar=None))

@@ -40,6 +40,7 @@ def answers(config, loaded, mesh, prompts, gold):
     """
     draw = common.sampler(loaded.model, mesh, loaded.tokenizer.eos_token_id, config.sample)
     said = shard.on_mesh(jax.jit(partial(rollout.said, loaded.model, temperature=config.sample.temperature)), mesh)
+    reference = loaded.reference
     longest = max(len(prompt.tokens if prompt.source is None else prompt.source) for prompt in prompts)
 
     def measure(params):
@@ -47,7 +48,7 @@ def answers(config, loaded, mesh, prompts, gold):
         for numbers, count in common.parts(list(range(len(prompts))), config.run.batch):
             row_keys = keys.of_rows(keys.key(config.seed, "evaluate", 0), numbers)
             batch = draw(params, row_keys, common.rows_of(prompts, numbers, longest, mesh, loaded.model.config.vocab))
-            gap = said(params, batch)[0] - said(loaded.params, batch)[0]
+            gap = said(params, batch)[0] - said(reference, batch)[0]
             of_rows = {"kl": shard.fetch((gap * batch.targets).sum(axis=1)), "length": shard.fetch(batch.targets.sum(axis=1))}
             texts = common.texts(loaded.tokenizer, batch)
             if gold:
@@ -69,7 +70,7 @@ def against_reference(logp, loaded, held_out):
     def both(params):
         return [logp(params, [pair[side] for pair in held_out]) for side in (0, 1)]
 
-    reference = both(loaded.params)
+    reference = both(loaded.reference)
 
     def measure(params):
         chosen, rejected = both(params)
@@ -86,8 +87,8 @@ def learn_from(kind, config, loaded, mesh, train, logp):
     Args: logp: (params, documents) -> nats [n].
     """
     lengths = {"length": config.data.length, "source_length": config.data.source_length}
-    vocab = loaded.model.config.vocab
-    ref = np.stack([logp(loaded.params, [pair[side] for pair in train]) for side in (0, 1)])  # nats [2,n]
+    vocab, reference = loaded.model.config.vocab, loaded.reference
+    ref = np.stack([logp(reference, [pair[side] for pair in train]) for side in (0, 1)])  # nats [2,n]
 
     def pairs_at(i):
         numbers = tables.order(len(train), config.run.batch, seed=config.seed, step=i)
@@ -108,13 +109,16 @@ def learn_from(kind, config, loaded, mesh, train, logp):
 
     if kind is preference.Labelled:
         ready = shard.on_mesh(jax.jit(with_baseline), mesh)
-        return labelled_at, lambda params, data: ready(params, loaded.params, data)
+        return labelled_at, lambda params, data: ready(params, reference, data)
     return pairs_at, lambda params, data: data
 
 
-def run(config, workdir: Path, stages: launch.Stages | None = None):
-    """Train on comparisons. What summary.json says is in `summary_of`."""
-    objective, kind = named.resolve(preference, config.objective)
+def run(config, workdir: Path, stages: launch.Stages | None = None, objective=None):
+    """Train on comparisons. What summary.json says is in `summary_of`.
+
+    Args: objective: one's own, (params, data: Pairs or Labelled, *, model, **config.objective) -> (sum, sums).
+    """
+    objective, kind = named.resolve(preference, config.objective, objective)
     if config.sample.temperature <= 0:
         raise ValueError(f"sample.temperature = {config.sample.temperature}: KL is that of drawn answers, so it is above 0")
     mesh = shard.make_mesh(**config.mesh)

@@ -10,8 +10,9 @@ import numpy as np
 from experiments import agreement, common, compare, ensemble, launch, named, sft
 from jaxalign import rewards, score, shard
 from jaxalign.data import tables, text
+from jaxalign.data.sources import is_number
 from jaxalign.objectives import reward as objectives
-from jaxalign.objectives.reward import Judged, Ranked, Rated
+from jaxalign.objectives.reward import Judged, Ranked, Rated, Stepwise
 from jaxalign.ops.preference import MARGINS_LARGE, MARGINS_SMALL
 from jaxalign.train import log, loop, optim
 from jaxalign.train.step import make_step
@@ -126,10 +127,7 @@ def rankings(tokenizer, vocab, *, source, count, held_out, prompt, responses, ra
     (column,), (order,) = text.fields(responses), text.fields(rank)
 
     def make(row):
-        if not isinstance(row.get(column), list):
-            raise ValueError(f"'{column}' is {text.brief(row.get(column))}, not a list of responses")
-        asked = text.fill(prompt, row)
-        answers = [text.fill(responses, row | {column: answer}) for answer in row[column]]
+        asked, answers = text.fill(prompt, row), common.fill_each(responses, row)
         return tuple(common.document(tokenizer, asked, answer, chat=chat, start=start) for answer in answers)
 
     def told(row):
@@ -157,7 +155,35 @@ def ratings(tokenizer, vocab, *, source, count, held_out, prompt, response, rati
     return read(make, lambda row: {"rating": text.number(rating, row)}, **fitted)
 
 
-READ = {Pairs: comparisons, Judged: votes, Ranked: rankings, Rated: ratings}  # what an objective learns from: who reads it
+def solutions(tokenizer, vocab, *, source, count, held_out, prompt, steps, labels, length, source_length, start=None):
+    """Stepwise: -> (training rows, held-out rows), each (solution, row); the row has its filled prompt, and labels.
+
+    Args:
+        steps: " {column}" of a list of texts; each is filled in by itself.
+        labels: "{column}" of a list: for each step 1, 0, a share of votes, or null where nobody said.
+    """
+    (column,), (judged,) = text.fields(steps), text.fields(labels)
+    if start is not None:
+        raise ValueError("steps are judged as a decoder reads them: this model is an encoder-decoder")
+
+    def make(row):
+        return (text.in_steps(tokenizer, text.fill(prompt, row), common.fill_each(steps, row)),)
+
+    def told(row):
+        said, many = row.get(judged), len(row[column])
+        shares = [x for x in said if x is not None] if isinstance(said, list) and len(said) == many else []
+        if not shares or not all(is_number(x) and 0 <= x <= 1 for x in shares):
+            raise ValueError(
+                f"'{judged}' is {text.brief(said)}: a number from 0 to 1 for each of {many} steps, or null, but not all"
+            )
+        return {"prompt": text.fill(prompt, row), "labels": said}
+
+    fitted = {"source": source, "count": count, "held_out": held_out, "length": length, "source_length": source_length}
+    return read(make, told, **fitted)
+
+
+# what an objective learns from: who reads it
+READ = {Pairs: comparisons, Judged: votes, Ranked: rankings, Rated: ratings, Stepwise: solutions}
 
 
 def data_of(kind, rows, vocab: int, *, most: int = 2, **lengths):
@@ -168,6 +194,8 @@ def data_of(kind, rows, vocab: int, *, most: int = 2, **lengths):
 
     if kind is Ranked:
         data = tables.ranked([row[:-1] for row in rows], told("rank"), most, **lengths)
+    elif kind is Stepwise:
+        data = tables.stepwise([row[0] for row in rows], told("labels"), **lengths)
     elif kind is Rated:
         data = tables.rated([row[0] for row in rows], told("rating"), **lengths)
     else:
@@ -196,26 +224,27 @@ def by_document(measure, model, mesh, *, size: int, length: int, source_length: 
     return found
 
 
-def run(config, workdir: Path, stages: launch.Stages | None = None):
+def run(config, workdir: Path, stages: launch.Stages | None = None, objective=None):
     """Train a reward model, or `run.members` of them, an ensemble: the same but for the seed, in the workdir and in members/1, ...
 
     Before and after, the head takes in the map that gives held-out responses mean 0 and the std wanted.
     summary.json: what experiments/agreement.py says, under reward_model/; of an ensemble also ensemble/mean_accuracy and
     ensemble/worst_accuracy, of rewards.mean_score and worst_score, and ensemble/disagreement, the std of the members' scores of one
     response, on average.
+    Args: objective: one's own, (params, data, *, model, **config.objective) -> (sum, sums), whose data is of a type in READ.
     """
     stages = stages or launch.Stages(workdir, config.stages, {"sft": sft.run, "compare": compare.run})
     others = []
     for member in range(1, config.run.members):
         alone = config.copy_and_resolve_references()
         alone.seed, alone.run.members = config.seed + member, 1
-        others.append(train(alone, workdir / ensemble.MEMBERS / str(member), stages, []))
-    train(config, workdir, stages, others)
+        others.append(train(alone, workdir / ensemble.MEMBERS / str(member), stages, [], objective))
+    train(config, workdir, stages, others, objective)
 
 
-def train(config, workdir: Path, stages: launch.Stages, others: list):
+def train(config, workdir: Path, stages: launch.Stages, others: list, objective):
     """One reward model. -> (its scores of the held-out responses, f32 [n], seconds). Args: others: the same of other members."""
-    objective, kind = named.resolve(objectives, config.objective)
+    objective, kind = named.resolve(objectives, config.objective, objective)
     mesh = shard.make_mesh(**config.mesh)
     source, found = stages.path(config.model.source), stages.path(config.data.source)
     began = time.monotonic()
@@ -237,8 +266,10 @@ def train(config, workdir: Path, stages: launch.Stages, others: list):
         return {"accuracy/held_out": float(agreement.right(found[better] - found[worse]).mean())}
 
     def normalised(params, std):
-        """-> (the model whose scores of the held-out responses have mean 0 and this std, those scores)"""
+        """-> (the model whose scores of the held-out responses have mean 0 and this std, or None: as they are; those scores)"""
         found = scores(params, responses)
+        if std is None:
+            return params, found
         gain, bias = rewards.normaliser(found, std=std)
         return rewards.fold(params, gain, bias), np.asarray(gain * found + bias)
 
@@ -276,6 +307,11 @@ def train(config, workdir: Path, stages: launch.Stages, others: list):
         summary |= agreement.with_gold(told, found)
     if kind is Rated:
         summary["reward_model/rating_correlation"] = np.corrcoef([row["rating"] for row in told], found)[0, 1]
+    if kind is Stepwise:
+        logits = by_document(partial(score.scalars, loaded.model), loaded.model, mesh, size=config.run.batch, **lengths)
+        summary |= agreement.of_steps(
+            logits(params, responses), data_of(kind, held_out, vocab, **lengths), [row["prompt"] for row in told]
+        )
     if others:
         every = np.stack([found, *(one for one, _ in others)])
         summary["ensemble/disagreement"] = every.std(0).mean()

@@ -54,6 +54,10 @@ def expression(x) -> bool:
         raise ValueError(f"no regular expression: {error}") from error
 
 
+def many(x) -> bool:
+    return isinstance(x, tuple) and bool(x) and all(FINITE.holds(value) for value in x)
+
+
 POSITIVE = number(lambda x: x > 0, "a number above 0")
 ENDLESS = number(lambda x: x > 0, "a number above 0, or inf", endless=True)
 NOT_NEGATIVE = number(lambda x: x >= 0, "a number from 0")
@@ -74,7 +78,7 @@ RULES = {
     **{f"mesh.{axis}": AXIS for axis in shard.AXES},
     **{
         f"{section}.{key}": rule
-        for section in ("model", "reward_model")
+        for section in ("model", "reward_model", "teacher_model")
         for key, rule in {
             "source": NAMED,
             "tokenizer": TEXT,
@@ -83,7 +87,9 @@ RULES = {
         }.items()
     },
     "reward_model.doubt": number(lambda x: x >= 0, "a number from 0, or inf", endless=True),
+    "teacher_model.k": ANY_COUNT,
     "adapter.kind": one_of("none", *ADAPTERS),
+    "adapter.source": TEXT,
     "adapter.targets": Rule(expression, "a regular expression that is not empty"),
     **dict.fromkeys(("adapter.rank", "adapter.length", "adapter.layers"), COUNT),
     "adapter.alpha": POSITIVE,
@@ -103,8 +109,19 @@ RULES = {
     **dict.fromkeys(("data.completion", "data.chosen", "data.rejected", "data.response"), FILLED),
     **dict.fromkeys(("data.margin", "data.won", "data.tied"), Rule(lambda x: x == "" or COLUMN.holds(x), '"", or one {column}')),
     "data.margins": one_of("", "small", "large"),
-    **dict.fromkeys(("data.rank", "data.rating"), COLUMN),
-    "data.responses": Rule(lambda x: TEXT.holds(x) and len(text.fields(x)) == 1, "a text with one {column}, of a list"),
+    "data.task": one_of("classification", "entailment", "similarity", "choice"),
+    "data.first": FILLED,
+    "data.second": FREE,
+    "data.label": COLUMN,
+    "data.classes": Rule(
+        lambda x: isinstance(x, tuple) and all(map(NAMED.holds, x)) and len({*x}) == len(x) != 1,
+        "a tuple of two different names or more, or () for none",
+    ),
+    **dict.fromkeys(("data.rank", "data.rating", "data.labels"), COLUMN),
+    **dict.fromkeys(
+        ("data.responses", "data.steps"),
+        Rule(lambda x: TEXT.holds(x) and len(text.fields(x)) == 1, "a text with one {column}, of a list"),
+    ),
     "data.chat": FLAG,
     "data.length": whole(2),  # the first token is predicted by nothing
     "data.source_length": ANY_COUNT,
@@ -122,11 +139,15 @@ RULES = {
     "sample.length": COUNT,
     "sample.temperature": NOT_NEGATIVE,
     "sample.top_k": ANY_COUNT,
+    "sample.slots": ANY_COUNT,
     "sample.top_p": number(lambda x: 0 < x <= 1, "a number above 0, up to 1 for all"),
     "gold.lexicon": TEXT,
     "annotator.temperature": POSITIVE,
     "normalise.before": POSITIVE,
-    "normalise.after": POSITIVE,
+    "normalise.after": maybe(POSITIVE),
+    "environment.name": TEXT,
+    "environment.turns": COUNT,
+    "environment.length": COUNT,
     "unended.replace": maybe(FINITE),
     "unended.penalty": NOT_NEGATIVE,
     "advantage.gamma": SHARE,
@@ -145,7 +166,8 @@ RULES = {
     "objective.alpha": FINITE,
     "objective.gamma": FINITE,
     "objective.per_token": FLAG,
-    **{f"objective.{which}_weight": NOT_NEGATIVE for which in ("nll", "odds", "desirable", "undesirable")},
+    **{f"objective.{which}_weight": NOT_NEGATIVE for which in ("nll", "lm", "odds", "desirable", "undesirable")},
+    "objective.temperature": POSITIVE,
     "objective.label_smoothing": BELOW_1,
     "objective.z_loss": NOT_NEGATIVE,
     "objective.centring": NOT_NEGATIVE,
@@ -168,6 +190,7 @@ RULES = {
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.clip_norm": NOT_NEGATIVE,
     **{f"run.{size}": COUNT for size in ("steps", "iterations", "batch", "epochs", "minibatches", "accumulate", "members")},
+    "run.on_policy": SHARE,
     "run.stop_kl": maybe(POSITIVE),
     "run.most_abstained": SHARE,
     **{f"run.{size}": COUNT for size in ("group", "reuse")},
@@ -194,13 +217,26 @@ RULES = {
     "evaluate.prompts": COUNT,
     "evaluate.every": ANY_COUNT,
     "evaluate.samples": ANY_COUNT,
+    "method": NAMED,
+    "learns": one_of("policy", "judge"),
+    "world.temperature": POSITIVE,
+    "world.beta": POSITIVE,
+    "objective.distance_weight": NOT_NEGATIVE,
+    "objective.cosine": FLAG,
+    **{f"run.{size}": COUNT for size in ("updates", "looks", "examples")},
+    **{f"tuned.{size}": COUNT for size in ("steps", "seeds", "points")},
+    **dict.fromkeys(("tuned.rate", "tuned.most"), POSITIVE),
+    **dict.fromkeys(("tuned.start", "tuned.range"), Rule(lambda x: many(x) and min(x) > 0, "a tuple of numbers above 0")),
+    "tuned.name": NAMED,
 }
+SWEPT = Rule(lambda x: x == () or many(x), "a tuple of numbers, or () for the one that is said elsewhere")
 
 
-def check(config):
+def check(config, **given):
     """Raises ValueError, naming the setting, its value and what it may be; the stages before the run included.
 
     A setting without a rule is for the function that takes it to check: an objective of one's own has its own.
+    Args: given: devices, where the run is not for those of this machine.
     """
     stages = config.get("stages", {})
     for prefix, part in (("", config), *((f"stages.{name}.", stages[name]) for name in stages)):
@@ -208,7 +244,10 @@ def check(config):
         for name, value in found.items():
             if name in RULES:
                 _apply(RULES[name], prefix + name, value)
-        _together(found, prefix)
+            elif name.startswith("sweep."):
+                _swept(name.removeprefix("sweep."), value)
+        if "model.source" in found:
+            _together(found, prefix, **given)
 
 
 def _apply(rule: Rule, name: str, value):
@@ -220,9 +259,18 @@ def _apply(rule: Rule, name: str, value):
         raise ValueError(f"{name} = {text.brief(value)}: {wrong}")
 
 
-def _together(found: dict, prefix: str):
+def _swept(name: str, values):
+    """Each number of a sweep is held to the rule of the setting that it stands for."""
+    _apply(SWEPT, f"sweep.{name}", values)
+    place = {"learning_rate": "optim.learning_rate", "kl_beta": "kl.beta", "seed": "seed"}.get(name, f"objective.{name}")
+    for value in values:
+        if place in RULES:
+            _apply(RULES[place], f"sweep.{name}", value)
+
+
+def _together(found: dict, prefix: str, **given):
     """What settings may be beside each other."""
-    mesh = shard.make_mesh(**{axis: found[f"mesh.{axis}"] for axis in shard.AXES}).shape
+    mesh = shard.make_mesh(**{axis: found[f"mesh.{axis}"] for axis in shard.AXES}, **given).shape
     name = "run.batch" if "run.batch" in found else "batch"
     batch = found[name]
     updates = {key: found[key] for key in ("run.minibatches", "run.accumulate") if key in found}
@@ -235,6 +283,8 @@ def _together(found: dict, prefix: str):
             raise ValueError(f"{prefix}{name} = {batch}: it is a multiple of {told} = {share}, such as {more}")
     if found["model.source"] == "scratch" and found["adapter.kind"] != "none":
         raise ValueError(f"{prefix}adapter.kind = {found['adapter.kind']}: a model from scratch has nothing to adapt")
+    if found.get("adapter.source") and found["adapter.kind"] == "none":
+        raise ValueError(f"{prefix}adapter.source = {found['adapter.source']}: adapter.kind says which it is, to train it on")
     if found["model.source"] == "scratch" and "scratch.architecture.kv_heads" in found:  # a decoder's
         heads, kv_heads, head_dim = (found[f"scratch.architecture.{size}"] for size in ("heads", "kv_heads", "head_dim"))
         if heads % kv_heads:
@@ -249,5 +299,12 @@ def _together(found: dict, prefix: str):
     compares = "advantage.estimator" in found or found.get("run.baseline") == "leave_one_out"
     if compares and found["run.group"] < 2:
         raise ValueError(f"{prefix}run.group = {found['run.group']}: samples of a prompt are compared, so they are two or more")
+    if found.get("run.critic") == "own" and found["adapter.kind"] != "none":
+        kind = found["adapter.kind"]
+        raise ValueError(f"{prefix}run.critic = own trains a whole model, and adapter.kind = {kind} a part of one: take shared")
+    if found.get("run.critic") == "own" and found["environment.name"]:
+        raise ValueError(f"{prefix}run.critic = own starts as the reward model, which an environment has not: take shared")
+    if found.get("objective.name") == "jsd" and found["objective.beta"] >= 1:
+        raise ValueError(f"{prefix}objective.beta = {found['objective.beta']:g}: of jsd it is a share, above 0 and below 1")
     if "kl.limit" in found and not found["sample.temperature"]:
         raise ValueError(f"{prefix}sample.temperature = 0: a policy that learns from its samples draws them, so it is above 0")

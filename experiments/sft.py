@@ -4,8 +4,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import jax
-
 from experiments import common, launch
 from jaxalign import shard
 from jaxalign.data import tables, text
@@ -25,20 +23,12 @@ def documents(tokenizer, *, source, count, held_out, prompt, completion, chat, l
     return common.split(found, held_out, "data.held_out")
 
 
-def held_out_nll(model, mesh, found, size: int, length: int, source_length: int):
-    """-> (params) -> nats a target token of these documents."""
-    measure = shard.on_mesh(jax.jit(partial(sft, model=model)), mesh)
-
-    def nll(params) -> float:
-        loss = weight = 0.0
-        for part, count in common.parts(found, size):
-            batch = tables.pad(part, length, source_length=source_length)
-            batch.weights[count:] = 0
-            total, sums = measure(params, shard.place(batch, mesh))
-            loss, weight = loss + float(total), weight + float(sums["weight"])
-        return loss / weight
-
-    return nll
+def prepare(config, mesh, loaded, objective=sft):
+    """-> (the compiled step, the state before the first one). Args: objective: as of `run`."""
+    objective = partial(objective, model=loaded.model, **config.objective)
+    tx = optim.adam(steps=config.run.steps, **config.optim)
+    state, where = common.new_state(loaded, tx, mesh)
+    return shard.compile_step(make_step(objective, tx, accumulate=config.run.accumulate, **config.guard), mesh, where), state
 
 
 def run(config, workdir: Path, stages: launch.Stages | None = None, objective=sft):
@@ -52,11 +42,8 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=sf
     train, held_out = documents(loaded.tokenizer, seed=config.seed, start=common.start_of(loaded.model), **config.data)
     lengths = {"length": config.data.length, "source_length": config.data.source_length}
     rows = tables.pack(train, **lengths)
-    objective = partial(objective, model=loaded.model, **config.objective)
-    tx = optim.adam(steps=config.run.steps, **config.optim)
-    state, where = common.new_state(loaded, tx, mesh)
-    step = shard.compile_step(make_step(objective, tx, accumulate=config.run.accumulate, **config.guard), mesh, where)
-    nll = held_out_nll(loaded.model, mesh, held_out, config.run.batch, **lengths)
+    step, state = prepare(config, mesh, loaded, objective)
+    means = common.held_out_means(partial(sft, model=loaded.model), mesh, held_out, config.run.batch, **lengths)
 
     def data_at(i):
         numbers = tables.order(len(rows), config.run.batch, seed=config.seed, step=i)
@@ -64,11 +51,13 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=sf
         return shard.place(tables.check(batch, loaded.model.config.vocab), mesh)
 
     def watched(done, state):
-        return {"nll/held_out": nll(state.model_params)} if config.evaluate.every and done % config.evaluate.every == 0 else {}
+        every = config.evaluate.every
+        return {"nll/held_out": means(state.model_params)["loss/nll"]} if every and done % every == 0 else {}
 
     log.say(tables.preview(loaded.tokenizer, shard.fetch(data_at(0)), rows=1))
     launch.begin(workdir, loaded)
     texts = common.digest([(x.tokens, x.source) for x in train])
+    before, loaded = means(loaded.params)["loss/nll"], loaded._replace(params=None)  # the state has what is needed of them
     around = time.monotonic() - began
     state = loop.fit(
         step,
@@ -84,8 +73,8 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=sf
     )
     ended = time.monotonic()
     summary = {
-        "nll/before": nll(loaded.params),
-        "nll/after": nll(state.model_params),
+        "nll/before": before,
+        "nll/after": means(state.model_params)["loss/nll"],
         "documents": len(train),
         "rows": len(rows),
     }

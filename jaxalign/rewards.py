@@ -3,8 +3,12 @@
 import re
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxalign.ops.advantages import last_of
+from jaxalign.ops.masked import masked_sum
 
 
 def normaliser(scores, *, mean: float = 0.0, std: float = 1.0):
@@ -46,6 +50,24 @@ def worst_score(scores):
 def uncertainty_weighted(scores, *, coefficient: float):
     """mean_m r_m - coefficient var_m r_m, the variance over all M. Coste et al. 2024. Args: coefficient, per unit of reward."""
     return scores.mean(0) - coefficient * scores.var(0)
+
+
+# Of a solution in steps: logits of its steps being right [B,T] at their ends, where weights > 0, to [B].
+
+
+def product_of_steps(logits, weights):
+    """log prod_k sigmoid(r_k): that all steps are right. Lightman et al. 2023 section 2.6. -> nats"""
+    return masked_sum(jax.nn.log_sigmoid(logits), weights > 0, 1)
+
+
+def worst_step(logits, weights):
+    """min_k r_k. Lightman et al. 2023 appendix."""
+    return jnp.where(weights > 0, logits, jnp.inf).min(1)
+
+
+def last_step(logits, weights):
+    """r of the last step: where the outcome is judged (Uesato et al. 2022, ORM)."""
+    return masked_sum(logits, last_of(weights), 1)
 
 
 def update_beta(beta, kl, episodes, *, target: float, horizon: float, limit: float = 0.2):

@@ -35,6 +35,7 @@ def assemble(
     value,
     scores,
     beta,
+    earned=None,
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -45,11 +46,11 @@ def assemble(
     r_t = -beta (logp - ref_logp)_t, plus the score at the last token; A = GAE(gamma, lam); target = A + V; then A is whitened over
     every response token of the batch.
     Args: logp, ref_logp (nats), value [B,T]; scores [B], NaN where the reward abstained: nothing is learned from that response, and
-    no weight of it is left; beta, reward per nat.
+    no weight of it is left; beta, reward per nat; earned [B,T], of advantages.token_rewards: when the score was.
     """
     batch, scores, _ = _given(batch, scores)
     weights = batch.targets
-    reward = advantages.token_rewards(logp, ref_logp, weights, scores, beta)
+    reward = advantages.token_rewards(logp, ref_logp, weights, scores, beta, earned)
     advantage, target = advantages.gae(reward, value, weights, gamma=gamma, lam=lam)
     if whiten_advantages:
         advantage = whiten(advantage, weights)

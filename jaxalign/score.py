@@ -10,7 +10,7 @@ from jaxalign.types import Array, Batch, Model
 
 
 class Scores(NamedTuple):
-    """About each token, given those before it in its document; f32 [B,T]. Of no meaning where `batch.targets` cannot be > 0."""
+    """About each token, given those before it in its document; f32 [B,T]. Of no meaning where `batch.targets` are 0."""
 
     logp: Array  # nats, tempered
     entropy: Array  # nats, of the tempered distribution that the token was drawn from
@@ -25,31 +25,61 @@ def shift(x):
 
 def of_logits(logits, tokens, *, temperature: float = 1.0) -> Scores:
     """Scores of `tokens` [...] under logits [..., V], in float32. No shift."""
-    z = logits.astype(jnp.float32) / temperature
+    return _of_tempered(logits.astype(jnp.float32) / temperature, tokens)
+
+
+@jax.custom_jvp
+def _of_tempered(z, tokens):
     log_z = jax.nn.logsumexp(z, axis=-1)
     p = jnp.exp(z - log_z[..., None])
     logp = jnp.take_along_axis(z, tokens[..., None], axis=-1)[..., 0] - log_z
     return Scores(logp, log_z - (p * z).sum(-1), log_z, z.mean(-1) - log_z)
 
 
-def of_hidden(model: Model, params, hidden, tokens, *, temperature: float = 1.0, chunk: int = 128) -> Scores:
-    """Scores of `tokens` [B,T] from the states [B,T,D] that predict them, never holding more than [B,chunk,V] logits."""
+@_of_tempered.defjvp
+def _tangent(primals, tangents):
+    """d log Z = sum_v p_v dz_v and dH = -sum_v p_v (z_v - E z) dz_v, from the scores: one pass over the vocabulary."""
+    (z, tokens), (dz, _) = primals, tangents
+    said = _of_tempered(z, tokens)
+    p, mean_z = jnp.exp(z - said.log_z[..., None]), said.log_z - said.entropy
+    of_log_z, of_token = (p * dz).sum(-1), jnp.take_along_axis(dz, tokens[..., None], axis=-1)[..., 0]
+    of_entropy = -(p * (z - mean_z[..., None]) * dz).sum(-1)
+    return said, Scores(of_token - of_log_z, of_entropy, of_log_z, dz.mean(-1) - of_log_z)
+
+
+def of_hidden(model: Model, params, hidden, tokens, wanted=None, *, temperature: float = 1.0, chunk: int = 128) -> Scores:
+    """Scores of `tokens` [B,T] from the states [B,T,D] that predict them, never holding more than [B,chunk,V] logits.
+
+    Args: wanted: bool [B,T]; chunks of columns in which nothing is wanted cost nothing, and their scores are 0. None: all.
+    """
+    wanted = jnp.ones(tokens.shape, bool) if wanted is None else wanted
 
     def one(part):
-        return of_logits(model.unembed(params, part[0]), part[1], temperature=temperature)
+        hidden, tokens, wanted = part
 
-    return by_chunk(one, (hidden, tokens), chunk=chunk)
+        def said():
+            return of_logits(model.unembed(params, hidden), tokens, temperature=temperature)
+
+        return jax.lax.cond(wanted.any(), said, lambda: Scores(*[jnp.zeros(tokens.shape, jnp.float32)] * 4))
+
+    return by_chunk(one, (hidden, tokens, wanted), chunk=chunk)
 
 
 def evaluate(model: Model, params, batch: Batch, *, temperature: float = 1.0):
     """Scores of every token of a batch, and the value before it. -> (Scores, value f32 [B,T] or None)
 
-    The value is the scalar head's where the model has one. What is not used is not computed, under jit.
+    The value is the scalar head's where the model has one. What is not used is not computed, under jit; nor are scores of chunks
+    of columns without a target (`of_hidden`).
     """
     hidden, _ = model.read(params, batch)
     before = shift(hidden)
     value = None if model.config.scalar is None else model.scalar(params, before)
-    return of_hidden(model, params, before, batch.tokens, temperature=temperature), value
+    return of_hidden(model, params, before, batch.tokens, batch.targets > 0, temperature=temperature), value
+
+
+def scalars(model: Model, params, batch: Batch):
+    """The scalar head at each token, once it is read: no shift. -> f32 [B,T]"""
+    return model.scalar(params, model.read(params, batch)[0])
 
 
 def last_scalar(model: Model, params, batch: Batch):

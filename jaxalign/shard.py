@@ -119,11 +119,14 @@ def create(make, mesh: Mesh, *args):
 
 
 def constrain_rows(x):
-    """Rows split over ROWS and nothing else split: for activations [B, ...]. The identity outside a mesh and inside shard_map."""
+    """Rows split over ROWS and nothing else split: for activations [B, ...]. The identity outside a mesh and inside shard_map.
+
+    Those of one token, [B,1,D], are split over fsdp by their width, as weights are: then they move to the weights, which are more.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(mesh._name_to_type.get(axis) != AxisType.Auto for axis in ROWS):
         return x
-    return jax.lax.with_sharding_constraint(x, P(ROWS))
+    return jax.lax.with_sharding_constraint(x, P("data", None, "fsdp") if x.ndim == 3 and x.shape[1] == 1 else P(ROWS))
 
 
 def put(tree, where):
@@ -149,9 +152,13 @@ def fetch(tree):
     """Arrays as NumPy on this host, whole, wherever their parts live."""
 
     def one(x):
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)
+        if not x.ndim:
             return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-        return np.asarray(x)
+        rows = max(1, len(x) * 2**28 // max(x.nbytes, 1))  # a chip may not have room for more than some layers' weights
+        parts = (x[start : start + rows] for start in range(0, max(len(x), 1), rows))
+        return np.concatenate([np.asarray(multihost_utils.process_allgather(part, tiled=True)) for part in parts])
 
     return jax.tree.map(one, tree)
 
@@ -169,12 +176,20 @@ def one_at_a_time(out):
 
 
 def on_mesh(compiled, mesh: Mesh):
-    """A function that calls `compiled` with this mesh set, so that `constrain_rows` inside it knows the mesh."""
+    """A function that calls `compiled` with this mesh set, so that `constrain_rows` inside it knows the mesh.
+
+    Its `lower(*args)` is that of `jax.jit`: arguments may be shapes, and devices those of another machine.
+    """
 
     def run(*args):
         with jax.set_mesh(mesh):
             return one_at_a_time(compiled(*args))
 
+    def lower(*args):
+        with jax.set_mesh(mesh):
+            return compiled.lower(*args)
+
+    run.lower = lower
     return run
 
 
@@ -196,6 +211,7 @@ def compile_step(step, mesh: Mesh, where, how: str = "jit"):
             after, metrics = run(state.replace(frozen=()), state.frozen, data)
             return after.replace(frozen=state.frozen), metrics
 
+        call.lower = lambda state, data: run.lower(state.replace(frozen=()), state.frozen, data)
         return call
 
     if how == "jit":

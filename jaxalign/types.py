@@ -105,7 +105,7 @@ class Model(NamedTuple):
     apply: Callable  # (params, tokens, segments, cache=None, at=0, source=None, source_segments=None) -> (hidden [B,T,D], cache)
     unembed: Callable  # (params, hidden [...,D]) -> logits f32 [...,V]
     scalar: Callable  # (params, hidden [...,D]) -> f32 [...], the reward or value head
-    cache: Callable  # (rows, length) -> pytree for `apply`
+    cache: Callable  # (rows, T) -> dict for `apply`: "segments" [B,T], other leaves [B,T] or [L,B,T,...]
 
     def read(self, params, batch: Batch, *cached):
         """`apply` to all that a batch holds. -> (hidden [B,T,D], cache). Args: cached: cache and at."""

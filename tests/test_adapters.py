@@ -22,7 +22,7 @@ from jaxalign import models, sample, score, shard
 from jaxalign.contract import check_objective
 from jaxalign.data import reviews
 from jaxalign.models import adapters, checkpoints, encdec, layout, peft
-from jaxalign.models.parts import Adapter
+from jaxalign.models.parts import ADDED, Adapter
 from jaxalign.objectives import supervised
 from jaxalign.train import checkpoint, optim
 from jaxalign.train.step import make_step
@@ -313,8 +313,9 @@ def test_what_fits_no_part_of_a_model_is_refused(tiny):
     ):
         with pytest.raises(ValueError, match=says):
             Adapter(**wrong)
-    with pytest.raises(ValueError, match="adapter kind = 'prefix' is for decoders"):
-        encdec.EncDecConfig(vocab=9, width=8, encoder_layers=1, layers=1, heads=2, head_dim=4, mlp=8, adapter=KINDS["prefix"])
+    for kind, says in (("prefix", "adapter kind = 'prefix' is for decoders"), ("last", "adapter layers = 1: fewer than all 1 of")):
+        with pytest.raises(ValueError, match=says):
+            encdec.EncDecConfig(vocab=9, width=8, encoder_layers=1, layers=1, heads=2, head_dim=4, mlp=8, adapter=KINDS[kind])
     with pytest.raises(ValueError, match="no way to say adapter="):
         checkpoints.export("nowhere", adapted, whole)
 
@@ -518,11 +519,63 @@ def test_a_run_leaves_the_adapter_and_what_it_says(base, tmp_path, kind):
         config.adapter.kind = "lora"
         with pytest.raises(ValueError, match="has a prefix of 4; adapter.kind and length say the same"):
             read(tmp_path / "run", config, adapter=config.adapter)
+    if kind == "lora":
+        config.adapter.source = str(tmp_path / "run")
+        again = run(sft, config, tmp_path / "more")
+        assert again["nll/before"] == pytest.approx(summary["nll/after"], abs=1e-5) and again["nll/after"] < again["nll/before"]
     architecture = json.loads((tmp_path / "run" / "architecture.json").read_text())
     architecture["base"]["digest"] = "0" * 16
     (tmp_path / "run" / "architecture.json").write_text(json.dumps(architecture))
     with pytest.raises(ValueError, match="is no longer the model that the adapter in .* was trained on"):
         read(tmp_path / "run", config)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prefix"])
+def test_a_run_starts_from_the_folder_of_an_adapter(base, tmp_path, kind):
+    """Merged into the model that it names, or into another; or trained on, held to the model below."""
+    plain, params = checkpoints.load(base)
+    plain, params = replace(plain, scalar=None), {name: x for name, x in params.items() if name != "scalar"}
+    adapted, whole = adapters.adapt(plain, params, KINDS[kind], jax.random.key(0))
+    frozen, trained = adapters.split(whole, ADDED)
+    whole = join(frozen, moved(trained, by=0.1))
+    folder = peft.export(tmp_path / "run" / "adapter", adapted, whole, base=base)
+    config, want = tuned(base, kind), said_by(adapted, whole)
+    for source in (folder, f"{folder}@{base}"):
+        merged = read(source, config)
+        assert (merged.model.config.adapter is None) == (kind != "prefix")
+        np.testing.assert_allclose(said_by(merged.model.config, merged.params), want, atol=1e-5)
+    config.adapter.source = str(tmp_path / "run")
+    loaded = read(base, config, adapter=config.adapter)
+    np.testing.assert_allclose(said_by(loaded.model.config, loaded.params), want, atol=1e-5)
+    assert loaded.base["source"] == base
+    if kind != "prefix":
+        np.testing.assert_array_equal(said_by(loaded.model.config, loaded.reference), said_by(plain, params))
+        held, begun = ({id(x) for x in jax.tree.leaves(tree)} for tree in (loaded.reference, loaded.params))
+        assert len(held & begun) >= len(jax.tree.leaves(frozen))  # no second copy
+
+
+def test_an_adapter_of_another_model_ends_in_one_line(base, tmp_path):
+    plain, params = checkpoints.load(base)
+    folder = peft.export(tmp_path / "adapter", *adapters.adapt(plain, params, KINDS["lora"], jax.random.key(0)))
+    config = tuned(base, "lora")
+    with pytest.raises(ValueError, match=f"base_model_name_or_path is None; say the model below this adapter as {folder}@MODEL"):
+        read(folder, config)
+    params["embed"]["tokens"][0, 0] += 1
+    other = checkpoints.export(tmp_path / "other", plain, params, tokenizer=reviews.tokenizer())
+    with pytest.raises(ValueError, match="this is not the model that the adapter was trained on; if it is meant, delete"):
+        read(f"{folder}@{other}", config)
+    (folder / "jaxalign.json").unlink()
+    assert read(f"{folder}@{other}", config).model.config.adapter is None
+    config.adapter.update(kind="ia3", source=str(folder))
+    with pytest.raises(ValueError, match="holds an adapter of kind lora, not ia3"):
+        read(base, config, adapter=config.adapter)
+    narrow = replace(plain, mlp=16)
+    params = shard.unbox(jax.jit(models.build(narrow).init)(jax.random.key(0)))
+    other = checkpoints.export(tmp_path / "narrow", narrow, params, tokenizer=reviews.tokenizer())
+    with pytest.raises(ValueError, match="the tensors of .* have shapes .* where the model asks for"):
+        read(f"{folder}@{other}", config)
+    with pytest.raises(OSError, match="there is no adapter in"):
+        peft.load(tmp_path / "other", plain, params)
 
 
 def said_by(config, params):

@@ -11,13 +11,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import LOOP, ppo
-from experiments import common, named, new_objective, reward, sft
+from configs import LOOP, hypergradient, ppo, sweep
+from experiments import classify, common, named, new_objective, reward, sft
 from experiments.settings import RULES, check
 from jaxalign import rewards, rollout, sample, shard
 from jaxalign.models.decoder import DecoderConfig
 from jaxalign.models.encdec import EncDecConfig
 from jaxalign.models.parts import Adapter
+from jaxalign.objectives import distill as distill_objectives
 from jaxalign.objectives import online, supervised
 from jaxalign.objectives import preference as preference_objectives
 from jaxalign.objectives import reward as reward_objectives
@@ -25,7 +26,8 @@ from jaxalign.ops import advantages
 from jaxalign.train import log, loop, optim, step
 
 ROOT = Path(__file__).parents[1]
-FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("[a-z]*.py"))}
+TINY_WORLD = ("hypergradient", "sweep")  # these have no model, no data and no loop; tests/test_sweep.py is about them
+FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("[a-z]*.py")) if path.stem not in TINY_WORLD}
 BUILT = [(name, variant) for name, path in FILES.items() for variant in (None, *runpy.run_path(str(path)).get("VARIANTS", ()))]
 
 # section: (the function that it is splatted into, the arguments that are not for a config to say: the driver's, and tests')
@@ -49,6 +51,7 @@ FINE_TUNING = {
     "scratch.architecture": (DecoderConfig, ("vocab", "dtype", "remat")),
 }
 GIVEN = ("batch", "logp", "ref_logp", "value", "scores", "beta")
+EARNED = (*GIVEN, "earned")
 SPLATTED = {
     "sample": {**MESH, **SAMPLE},
     "sft": {**FINE_TUNING, "objective": (supervised.sft, ("params", "data", "model"))},
@@ -68,7 +71,7 @@ SPLATTED = {
         **PROMPTS,
         **ADAPTER,
         "unended": (advantages.without_eos, ("score", "has_eos")),
-        "advantage": (rollout.assemble, GIVEN),
+        "advantage": (rollout.assemble, EARNED),
         "objective": (online.ppo, ("params", "data", "model", "temperature")),
     },
 }
@@ -82,10 +85,21 @@ SPLATTED |= {
     "reinforce": {**SAMPLED, "objective": (online.reinforce, ("params", "data", "model", "temperature"))},
     "online_dpo": {**SAMPLED, "objective": (preference_objectives.dpo, ("params", "data", "model"))},
     "ppo_ptx": SPLATTED["ppo"],
+    "classify": {
+        **MESH,
+        **TRAINING,
+        **ADAPTER,
+        "data": (classify.examples, ("tokenizer", "seed")),
+        "objective": (supervised.classify, ("params", "data", "model")),
+    },
+    "distill": {**MESH, **SAMPLE, **TRAINING, **ADAPTER, "data": SPLATTED["sft"]["data"]},
+    "student": SPLATTED["sft"],
+    "environment": {**OF_GROUPS, "objective": (online.grpo, ("params", "data", "model", "temperature"))},
 }
 SAME_STAGES = {"grpo", "gspo", "cispo", "rloo", "reinforce", "online_dpo", "ppo_ptx"}  # as ppo
 FOLLOWS = {"new_objective": "sft", "ppo_ptx": "ppo", **dict.fromkeys(("gspo", "cispo", "rloo"), "grpo")}  # another's driver
-BY_NAME = {"reward": reward_objectives, "preference": preference_objectives}  # whose section `objective` names its function
+# whose section `objective` names its function
+BY_NAME = {"reward": reward_objectives, "preference": preference_objectives, "distill": distill_objectives}
 SPARSE = {"scratch.architecture"}  # says what differs from the plainest Llama; any other section has every argument
 
 
@@ -96,7 +110,7 @@ def built(name, variant):
 
 def every(config, name):
     """The config and those of its stages. Yields (the name of its file, config)"""
-    yield name, config
+    yield "ppo" if name == "environment" and "critic" in config.run else name, config
     yield from config.get("stages", {}).items()
 
 
@@ -227,6 +241,7 @@ RIGHT = {  # of those, what a setting may be, beside what its config says
     "optim.clip_norm": (0, 0.0),
     "kl.horizon": (math.inf, 1000),
     "kl.beta": (0.0,),
+    "normalise.after": (None, 2.0),
     "unended.replace": (None, 0.0, -1.0),
     "objective.dual_clip": (None, 3.0),
     "loop.save_seconds": (math.inf, 0.1),
@@ -234,6 +249,7 @@ RIGHT = {  # of those, what a setting may be, beside what its config says
     "data.count": (0,),
     "data.margin": ("", "{margin}", "{scores[0]}"),
     "sample.top_k": (0,),
+    "sample.slots": (0,),
     "sample.top_p": (1, 0.1),
     "evaluate.samples": (0,),
     "run.stop_kl": (None, 0.1),
@@ -285,13 +301,16 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
     for name, variant in BUILT:
         for _, config in every(built(name, variant), name):
             known |= {path for path in log.flat(config.to_dict()) if not path.startswith("stages.")}
+    for config in (*map(sweep.get_config, sweep.VARIANTS), hypergradient.get_config()):
+        known |= {path for path in log.flat(config.to_dict()) if not path.startswith("sweep.")}
     assert known - OWN == RULES.keys()
 
 
 @pytest.mark.parametrize("name, variant", BUILT)
 def test_what_the_configs_say_is_right(name, variant, monkeypatch):
-    monkeypatch.setattr(shard, "make_mesh", partial(shard.make_mesh, devices=jax.devices()[:1]))
-    check(built(name, variant))
+    config = built(name, variant)
+    monkeypatch.setattr(shard, "make_mesh", partial(shard.make_mesh, devices=jax.devices()[: config.mesh.tensor]))
+    check(config)
 
 
 def put(config, path, value):
@@ -325,8 +344,8 @@ def test_what_a_setting_may_be_is_accepted(path, value):
 
 @pytest.mark.parametrize("name, variant", BUILT)
 def test_a_value_of_another_kind_is_refused_for_every_setting_and_stage(name, variant, monkeypatch):
-    monkeypatch.setattr(shard, "make_mesh", partial(shard.make_mesh, devices=jax.devices()[:1]))
     config = built(name, variant)
+    monkeypatch.setattr(shard, "make_mesh", partial(shard.make_mesh, devices=jax.devices()[: config.mesh.tensor]))
     for path, right in log.flat(config.to_dict()).items():
         if path.startswith("stages.") and name in SAME_STAGES:
             continue
@@ -334,7 +353,7 @@ def test_a_value_of_another_kind_is_refused_for_every_setting_and_stage(name, va
         kinds = (int, float) if isinstance(right, float) else type(right)
         wrong = [value for value in WRONG if type(value) is bool or not isinstance(value, kinds)]
         for value in wrong if key not in OWN and right is not None else ():
-            if isinstance(value, bool) and isinstance(right, bool | float):
+            if (isinstance(value, bool) and isinstance(right, bool | float)) or value in RIGHT.get(key, ()):
                 continue  # right, or made a number of by ml_collections
             put(config, path, value)
             with pytest.raises(ValueError, match=rf"^{re.escape(path)} = "):
@@ -365,6 +384,7 @@ def test_a_stage_is_checked_by_its_path():
         ({"stages.compare.run.batch": 4}, r"stages\.compare\.run\.batch = 4: it is a multiple of mesh.data 8"),
         ({"stages.sft.scratch.architecture.kv_heads": 3}, r"stages.sft.scratch.architecture.kv_heads = 3: it divides heads = 2"),
         ({"stages.sft.adapter.kind": "lora"}, r"stages.sft.adapter.kind = lora: a model from scratch has nothing to adapt"),
+        ({"adapter.source": "there"}, r"adapter.source = there: adapter.kind says which it is, to train it on"),
         ({"stages.sft.scratch.architecture.head_dim": 5}, r"stages.sft.scratch.architecture.head_dim = 5: it is even"),
         (
             {"kl.horizon": 3.0},

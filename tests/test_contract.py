@@ -107,6 +107,7 @@ ALSO = {  # the same, of objectives over the same few ways to read a model
     "best_of_k": (reward.best_of_k, {}, lambda *_: ranked(), OF_ROWS | {"precision"}),
     "k_wise": (reward.k_wise, {}, lambda *_: ranked(), OF_ROWS | {"precision"}),
     "rating": (reward.rating, {}, lambda *_: reward.Rated(batch(), DRAW[7][:, 0]), OF_ROWS),
+    "process": (reward.process, {}, lambda *_: reward.Stepwise(batch(), jax.nn.sigmoid(DRAW[7])), {"on policy"}),
     "forward_kl": (distill.forward_kl, {"nll_weight": 0.5}, taught, {"on policy"}),
     "reverse_kl": (distill.reverse_kl, {}, taught, {"on policy"}),
     "jsd": (distill.jsd, {"beta": 0.3}, taught, {"on policy"}),
@@ -398,6 +399,55 @@ def test_a_fault_of_a_policy_objective_is_caught(fault):
 
 def test_the_last_token_by_its_pad_id_is_caught():
     assert broken_by(last_by_pad_token, pairs(TOKENS % (VOCAB - 1) + 1)).law == "pad id"
+
+
+# ---------------------------------------------------------------- sources, which an encoder reads
+
+SOURCE_SEGMENTS = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [1, 2, 2, 0], [1, 0, 0, 0], [0, 0, 1, 1]], np.int32)
+SOURCES = np.random.default_rng(3).integers(0, VOCAB, SOURCE_SEGMENTS.shape, np.int32)
+
+
+def with_sources(tokens=TOKENS) -> Batch:
+    return batch(tokens).replace(source=SOURCES, source_segments=SOURCE_SEGMENTS)
+
+
+def reader(sees=lambda segments, source, source_segments: segments[:, :, None] == source_segments[:, None, :]) -> Model:
+    """The bigram, with the mean embedding of the source that a token sees. Args: sees: -> bool [B,T,S]."""
+
+    def apply(params, tokens, segments, source, source_segments):
+        embed, seen = jnp.asarray(params["embed"]), sees(segments, source, source_segments) * 1.0
+        mean = seen @ embed[source] / jnp.maximum(seen.sum(-1, keepdims=True), 1)
+        return embed[tokens] + mean * (segments > 0)[:, :, None], None
+
+    return MODEL._replace(apply=apply)
+
+
+SOURCE_FAULTS = {  # what of its row's source a token sees; an honest one, that of its own document
+    "all columns": (lambda t, x, s: (t[:, :, None] > 0) & (s >= 0)[:, None, :], "pad length"),
+    "what is no pad token": (lambda t, x, s: (t[:, :, None] > 0) & (x != 0)[:, None, :], "pad id"),
+    "every document's": (lambda t, x, s: (t[:, :, None] > 0) & (s > 0)[:, None, :], "packing"),
+    "the first column": (lambda t, x, s: (t[:, :, None] > 0) & (jnp.arange(s.shape[1]) == 0)[None, None], "pad side"),
+}
+
+
+@pytest.mark.parametrize("fault", list(SOURCE_FAULTS))
+def test_a_model_that_reads_what_is_no_source_of_its_own_is_caught(fault):
+    sees, law = SOURCE_FAULTS[fault]
+    broken = broken_by(partial(supervised.sft, model=reader(sees)), with_sources(), law=law)
+    assert broken.law == law and "source_segments [[" in str(broken)
+
+
+@pytest.mark.parametrize("name", ["sft", "pairwise"])
+def test_objectives_over_sources_keep_every_law(name):
+    data = with_sources()
+    if name == "pairwise":
+        data = Pairs(data, with_sources((TOKENS + 5) % VOCAB), np.zeros(5, np.float32))
+    objective = {"sft": supervised.sft, "pairwise": reward.pairwise}[name]
+    laws = [law for law in contract.LAWS if law not in ("jit", "devices", "deterministic")]
+    report = check_objective(partial(objective, model=reader()), PARAMS, data, laws=laws, examples=6)
+    tried = {law for law, checked in report.items() if checked.tried}
+    assert tried >= {"pad side", "pad length", "pad id", "weight 0", "masked rows", "token ids"}
+    assert ("packing" in tried) == (name == "sft")  # that a source is read does not make rows of tokens
 
 
 # ---------------------------------------------------------------- what a user sees

@@ -17,16 +17,17 @@ from experiments import common, ppo, reward, sample, sft
 from jaxalign import models, rollout, score, shard
 from jaxalign.data import reviews, tables, text
 from jaxalign.data.text import Document
-from jaxalign.models import checkpoints, layout
+from jaxalign.models import adapters, checkpoints, layout
 from jaxalign.models.decoder import DecoderConfig
 from jaxalign.models.encdec import EncDecConfig, bucket, build
+from jaxalign.models.parts import Adapter
 from jaxalign.objectives import online, preference, supervised
 from jaxalign.objectives import reward as reward_objectives
 from jaxalign.ops import filters
 from jaxalign.sample import sample as draw
 from jaxalign.train import log, optim
 from jaxalign.train.step import make_step
-from jaxalign.types import Batch, TrainState
+from jaxalign.types import Batch, TrainState, join
 
 GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden" / "t5").glob("*.json"))}
 CONFIG = EncDecConfig(
@@ -103,7 +104,7 @@ def test_distances_fall_into_the_buckets_of_transformers(both_ways, firsts):
     np.testing.assert_array_equal(bucket(distances, 32, 128, both_ways=both_ways), after)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", GOLDEN)  # ByT5 says what flan does, Flan-UL2 what ul2 does
 def test_logits_are_those_of_transformers_and_export_is_the_inverse_of_loading(tmp_path, name):
     inputs, outputs = GOLDEN[name]["inputs"], GOLDEN[name]["outputs"]
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
@@ -121,13 +122,14 @@ def test_logits_are_those_of_transformers_and_export_is_the_inverse_of_loading(t
         got = np.asarray(logits_of(model, params, batch))[batch.segments > 0]
         np.testing.assert_allclose(got, np.concatenate(list(outputs.values())), atol=1e-5, rtol=1e-5)
 
-    checkpoints.export(ours, config, params)
+    family = inputs["config"]["model_type"]
+    checkpoints.export(ours, config, params, family=family)
     written = load_file(ours / "model.safetensors")
     assert written.keys() == tensors.keys()
     for key in tensors:
         np.testing.assert_array_equal(written[key], tensors[key])
     told = json.loads((ours / "config.json").read_text())
-    assert inputs["config"].items() <= told.items() and told["architectures"] == ["T5ForConditionalGeneration"]
+    assert inputs["config"].items() <= told.items() and told["architectures"] == [f"{family.upper()}ForConditionalGeneration"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -251,6 +253,23 @@ def test_a_cache_fed_in_chunks_gives_the_full_forward(small, chunk):
             parts, source = [*parts, logits], {}
         real = np.asarray(batch.segments) > 0
         np.testing.assert_allclose(np.concatenate(parts, 1)[real], np.asarray(want)[real], atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+def test_the_last_layers_of_the_decoder_may_be_trained_alone(small):
+    """Cut off, they give the same numbers, by the cache too; merged, they are the model."""
+    model, params = small
+    batch = on_device(next(layouts())[1])
+    config, cut = adapters.adapt(CONFIG, params, Adapter("last", layers=1), jax.random.key(0))
+    adapted = build(config)
+    np.testing.assert_array_equal(logits_of(adapted, cut, batch), logits_of(model, params, batch))
+    jax.tree.map(np.testing.assert_array_equal, adapters.merge(config, cut)[1], params)
+    frozen, trained = adapters.split(cut, adapters.trained_leaves(config))
+    assert trained.keys() == {"decoder", "scalar"} and trained["decoder"].keys() == {"last"}
+    loss = jax.jit(jax.grad(lambda part: supervised.sft(join(frozen, part), batch, model=adapted)[0]))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(loss(trained)["decoder"]))
+    asked = keys_of(0, 1, 2), prompts_of(SOURCES)
+    said = [jax.jit(partial(draw, m, length=6, eos=-1))(p, *asked) for m, p in ((model, params), (adapted, cut))]
+    jax.tree.map(np.testing.assert_array_equal, *said)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])

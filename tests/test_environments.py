@@ -1,5 +1,8 @@
 """Episodes: who said what, what is trained on, and that a policy learns in them."""
 
+import os
+import shutil
+import signal
 from functools import partial
 
 import jax
@@ -7,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import environment as environment_config
+from experiments import environment, ppo
+from experiments.settings import check
 from jaxalign import keys, rollout, shard
-from jaxalign.data import tables
+from jaxalign.data import arithmetic, reviews, tables, text
 from jaxalign.data.text import Document
-from jaxalign.feedback.environments import play
+from jaxalign.feedback.environments import guess, last_number, play
 from jaxalign.models import decoder
 from jaxalign.objectives import online
 from jaxalign.ops import advantages
 from jaxalign.sample import sample
-from jaxalign.train import optim
+from jaxalign.train import log, optim
 from jaxalign.train.step import make_step
 from jaxalign.types import TrainState
 
@@ -136,3 +142,81 @@ def test_a_policy_learns_to_do_what_its_environment_says():
         assert metrics["train/weight"] == ROWS and metrics["policy/ratio"] == pytest.approx(1, abs=1e-5)
         scores.append(float(rewards.mean()))
     assert np.mean(scores[:3]) < 0.5 and np.mean(scores[-3:]) > 1.4, scores  # of 2
+
+
+# --------------------------------------------------------- a run
+
+
+def test_a_reward_is_an_environment_of_one_turn():
+    rows = [{"answer": "-1204"}, {"answer": 7}, {"answer": 7}]
+    said, ids = ["so -1,204 .", "7 or 8", "none"], [[0], [1], [2]]
+    known = {"encode": encode, "decode": lambda ids: said[ids[0]], "turns": 4, "length": 9}
+    episodes = play(last_number, rows, [prompt(3)] * 3, scripted([ids]), **known)
+    assert [(episode.reward, episode.turns, episode.done) for episode in episodes] == [(1, 1, True), (0, 1, True), (0, 1, True)]
+
+
+def test_a_game_of_the_world_is_one_that_the_environment_would_have_played():
+    words = arithmetic.tokenizer()
+    for game in arithmetic.games(40, seed=3):
+        first, *turns = game["text"].split(" </s> ")
+        guesses = [first.split()[1], *(turn.split()[1] for turn in turns)]
+        fitting = [
+            secret
+            for secret in range(arithmetic.NUMBERS)
+            if [guess({"secret": secret}, x)[1] for x in guesses[:-1]] == [turn.split()[0] for turn in turns]
+        ]
+        assert fitting and words.unk_token_id not in words(game["text"]).input_ids
+    assert guess({"secret": 3}, " 3") == ({"secret": 3}, "", 1.0, True) and guess({"secret": 3}, "higher")[1:] == ("what", 0, False)
+
+
+def test_what_is_observed_in_a_chat_is_a_turn_of_the_user():
+    words = reviews.tokenizer()
+    turn = "{{ m['role'] }} {{ m['content'] }} </s> "
+    words.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}assistant {{% endif %}}"
+    asked, answer, seen = ({"role": "user", "content": "the film"}, {"role": "assistant", "content": "was good"}, "very")
+    whole = text.chat(words, [asked, answer, {"role": "user", "content": seen}], generate=True).tokens
+    begun = text.chat(words, [asked, answer]).tokens
+    assert [*begun, *environment.observed(words, seen, chat=True)] == whole.tolist()
+
+
+def test_a_setting_names_an_environment_of_the_library_and_no_code():
+    config = environment_config.get_config("tiny")
+    for name in ("gues", "os:system"):
+        config.environment.name = name
+        with pytest.raises(ValueError, match=f"environment.name = '{name}': there are guess, last_number"):
+            environment.openings(config, None, None)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_within_a_rollout_of_episodes_ends_as_if_it_was_not(tmp_path, monkeypatch):
+    """By PPO, with a critic, on games of three turns; what is left shows the whole dialogue."""
+    config = environment_config.get_config("ppo")
+    config.update_from_flattened_dict(
+        {"prompts.count": 64, "evaluate.prompts": 16, "evaluate.every": 1, "run.iterations": 1, "run.batch": 16, "run.epochs": 2}
+    )
+    config.stages.sft.update_from_flattened_dict({"data.count": 256, "data.held_out": 32, "run.steps": 8, "run.batch": 16})
+    config.stages.sft.scratch.architecture.update(width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32)
+    config.loop.log_every = config.stages.sft.loop.log_every = 1
+    check(config)
+    step, whole, stopped = ppo.step, tmp_path / "whole", tmp_path / "stopped"
+    monkeypatch.setattr(shard, "make_mesh", partial(shard.make_mesh, devices=jax.devices()[:1]))
+    ppo.run(config, whole)
+    shutil.copytree(whole / "sft", stopped / "sft")
+
+    def told_to_stop(job, state, i):
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(job, state, i)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ppo, "step", told_to_stop)
+        ppo.run(config, stopped)
+    ppo.run(config, stopped, algorithm=ppo.PPO._replace(environment=guess))  # the same by its owner
+    lines, again = (
+        [{name: x for name, x in line.items() if not name.startswith("time/")} for line in log.read_lines(folder / "metrics.jsonl")]
+        for folder in (whole, stopped)
+    )
+    assert lines == again and lines[1]["policy/kl"] == 0 and lines[1]["policy/ratio"] == pytest.approx(1, abs=1e-6)
+    shown = [line for line in log.read_lines(whole / "samples.jsonl") if not line["proxy"]]
+    assert shown and all(line["prompt"] == "guess" and line["response"].count("[") == 2 for line in shown)
+    assert not (whole / "reward").exists()

@@ -364,7 +364,7 @@ def test_no_two_iterations_draw_alike():
     """Nor do evaluation and training, nor two rows of one prompt; the held-out prompts are always drawn alike."""
     tokenizer, seen = reviews.tokenizer(), []
 
-    def draw(params, row_keys, batch):
+    def draw(params, row_keys, batch, group=1):
         seen.append([tuple(row) for row in jax.random.key_data(row_keys).tolist()])
         return batch
 

@@ -286,6 +286,11 @@ def rolled(side, alive):
     return Rollout(batch, arrays[0] - 2, arrays[1] - 2, *arrays[2:], score=of_rows("score", alive))
 
 
+def stepwise(side, alive):
+    data = rolled(side, alive)
+    return reward.Stepwise(data.batch, jax.nn.sigmoid(data.advantage))
+
+
 def beside_text(side, alive):
     return online.Mixed(rolled(side, alive), texts(1, side, alive))
 
@@ -314,6 +319,7 @@ WHOLE = {
     "best_of_k": (reward.best_of_k, ranked),
     "k_wise": (reward.k_wise, ranked),
     "rating": (reward.rating, rated),
+    "process": (reward.process, stepwise),
     "classify": (supervised.classify, classified),
     "choose": (supervised.choose, classified),
     "semantic_sft": (partial(supervised.semantic_sft, distance_weight=0.5), lambda side, alive: texts(0, side, alive)),

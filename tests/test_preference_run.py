@@ -35,6 +35,16 @@ def test_a_name_finds_its_function_and_what_it_learns_from():
     assert named.resolve(reward_objectives, {"name": "k_wise"})[1] is reward_objectives.Ranked
 
 
+def test_an_objective_of_ones_own_needs_no_name():
+    def positive(params, data: Pairs, *, model, beta: float):
+        return objectives.dpo(params, data, model=model, beta=beta)
+
+    objective, kind = named.resolve(objectives, {"name": "dpo", "beta": 0.3}, positive)
+    assert objective.func is positive and objective.keywords == {"beta": 0.3} and kind is Pairs
+    with pytest.raises(ValueError, match="positive|beta; nll_weight is not of these"):
+        named.resolve(objectives, {"beta": 0.3, "nll_weight": 0.0}, positive)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -280,6 +290,11 @@ def test_the_reference_is_the_model_below_an_adapter(dpo, tmp_path):
     assert last["kl/held_out"] != 0 and last["logp_chosen/held_out"] != start["logp_chosen/held_out"]
     assert start["logp_chosen/held_out"] == pytest.approx(metrics_of(dpo)[0]["logp_chosen/held_out"], rel=1e-5)
     checkpoints.load(folder)
+    run(settings(**{"adapter.kind": "lora", "adapter.source": str(folder)}), with_stages(dpo, tmp_path / "more"))
+    again = metrics_of(tmp_path / "more")[0]  # which goes on where that ended, held to the same model
+    assert [again[f"{name}/held_out"] for name in ("margin", "kl")] == pytest.approx(
+        [last[f"{name}/held_out"] for name in ("margin", "kl")], rel=1e-3, abs=1e-5
+    )
 
 
 @pytest.mark.slow

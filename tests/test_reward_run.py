@@ -84,7 +84,7 @@ def test_a_ranking_is_the_best_one_or_all_in_order(tmp_path, said, ranks):
         (MANY | {"order": 3}, "'order' is 3: it is the number of one of 3 responses, from 0, or a rank of each"),
         (MANY | {"order": [0, 1]}, "'order' is a list of 2: it is the number of one of 3 responses"),
         (MANY | {"order": True}, "'order' is True"),
-        (MANY | {"answers": "good .", "order": 0}, "'answers' is 'good .', not a list of responses"),
+        (MANY | {"answers": "good .", "order": 0}, "'answers' is 'good .', not a list"),
     ],
 )
 def test_a_bad_ranking_is_refused_by_row(tmp_path, row, says):

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import score
+from jaxalign import sample as sampling
+from jaxalign import score, shard
+from jaxalign.models import decoder, encdec
+from jaxalign.models.parts import Adapter
 from jaxalign.ops import filters
 from jaxalign.sample import choose, sample
 from jaxalign.types import Batch
@@ -84,6 +87,44 @@ def test_equal_prompts_differ_by_their_keys_alone(draw):
     assert len({tuple(row) for row in tokens}) > 2
 
 
+def of_kind(kind, tiny):
+    """A model, and its prompts."""
+    shape, prompts = {"vocab": 14, "width": 8, "layers": 2, "heads": 4, "head_dim": 4, "mlp": 12}, left_padded(PROMPTS[:3])
+    if kind == "decoder":
+        return tiny.model, tiny.params, prompts
+    if kind == "virtual tokens":
+        model = decoder.build(decoder.DecoderConfig(**shape, kv_heads=2, context=64, adapter=Adapter("prompt", length=3)))
+    else:
+        model = encdec.build(encdec.EncDecConfig(**shape, encoder_layers=1))
+        start = jnp.zeros((3, 1), jnp.int32)
+        prompts = Batch(start, start + 1, start.astype(jnp.float32), prompts.tokens, prompts.segments)
+    values, shapes = np.random.default_rng(1), shard.unbox(jax.eval_shape(model.init, jax.random.key(0)))
+    return model, jax.tree.map(lambda leaf: jnp.asarray(values.normal(0, 0.6, leaf.shape), leaf.dtype), shapes), prompts
+
+
+@pytest.mark.parametrize(
+    "kind, slots", [("decoder", 0), ("decoder", 1), ("decoder", 4), ("virtual tokens", 4), ("encoder-decoder", 4)]
+)
+def test_samples_do_not_depend_on_how_prompts_are_read_nor_on_slots_nor_on_the_cache(kind, slots, tiny, monkeypatch):
+    """Each prompt is read once for three samples; caches grow, or slide."""
+    (model, params, prompts), keys = of_kind(kind, tiny), keys_of(*range(9))
+    want = sample_jit(model, params, keys, jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), prompts), slots=0)
+    assert len({tuple(row) for row in np.asarray(want[0].tokens)}) > 6 and 0 < (want[0].weights.sum(1) < LENGTH).sum() < 9
+    monkeypatch.setattr(sampling, "FIRST", 2)
+    batch, *said = sample_jit(model, params, keys, prompts, slots=slots)
+    jax.tree.map(np.testing.assert_array_equal, batch, want[0])
+    np.testing.assert_allclose(said, want[1:], atol=1e-5)
+
+
+def sample_jit(model, params, keys, prompts, **settings):
+    return jax.jit(lambda *args: sample(model, *args, length=LENGTH, eos=EOS, top_p=0.95, **settings))(params, keys, prompts)
+
+
+def test_each_prompt_has_as_many_samples(tiny):
+    with pytest.raises(ValueError, match="4 keys for 3 prompts"):
+        sample(tiny.model, tiny.params, keys_of(*range(4)), left_padded(PROMPTS[:3]), length=1, eos=EOS)
+
+
 def test_a_response_ends_with_its_first_eos(draw):
     prompts = left_padded(PROMPTS)
     batch = jax.device_get(draw(prompts, keys_of(*range(10, 16)))[0])
@@ -128,8 +169,8 @@ def test_tokens_come_as_often_as_their_probabilities_say(cut):
     many, temperature = 20_000, 1.3
     logits = jnp.array([1.5, 0.3, -0.4, 2.0, -3.0, 0.9])
     spread = jnp.broadcast_to(logits, (many, 6))
-    tokens, logp, drawn = jax.jit(lambda keys: choose(keys, spread, temperature=temperature, **cut))(
-        jax.random.split(jax.random.key(3), many)
+    tokens, logp, drawn = jax.jit(lambda u: choose(u, spread, temperature=temperature, **cut))(
+        jax.random.uniform(jax.random.key(3), (many, 2))
     )
     p = jax.nn.softmax(filters.top_p(filters.top_k(logits / temperature, cut.get("top_k", 0)), cut.get("top_p", 1.0)))
     seen = np.bincount(tokens, minlength=6) / many
@@ -142,4 +183,4 @@ def test_tokens_come_as_often_as_their_probabilities_say(cut):
 def test_settings_below_0_are_refused(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name} = {value}.*: none may be below 0"):
-        choose(keys_of(0), jnp.zeros((1, 6)), **wrong)
+        choose(jnp.zeros((1, 2)), jnp.zeros((1, 6)), **wrong)

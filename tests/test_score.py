@@ -102,18 +102,42 @@ def test_scores_are_of_the_tempered_softmax(tiny, temperature):
     same(np.asarray(value)[:, 1:], scalar[:, :-1])
 
 
-@pytest.mark.parametrize("chunk", [4, 5])  # 10 columns: with a last chunk that is not full, and without
-def test_chunks_change_neither_scores_nor_gradients(tiny, chunk):
+def states(tiny):
+    """What 2 rows of 10 tokens are predicted from, and the tokens."""
     draw = np.random.default_rng(1)
     hidden = jnp.asarray(draw.normal(size=(2, 10, tiny.config.width)), jnp.float32)
-    tokens = jnp.asarray(draw.integers(0, tiny.config.vocab, (2, 10)), jnp.int32)
+    return hidden, jnp.asarray(draw.integers(0, tiny.config.vocab, (2, 10)), jnp.int32)
 
-    def total(params, hidden, chunk):
-        said = score.of_hidden(tiny.model, params, hidden, tokens, temperature=0.7, chunk=chunk)
-        return (said.logp + 0.3 * said.entropy).sum() + said.log_z.mean() + said.mean_logp[0, -1], said
 
-    run = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), static_argnums=2)
-    same(run(tiny.params, hidden, chunk), run(tiny.params, hidden, 128))
+@pytest.mark.parametrize("chunk", [4, 5, 128])  # 10 columns: with a last chunk that is not full, without, and in one
+def test_chunks_change_neither_scores_nor_gradients(tiny, chunk):
+    hidden, tokens = states(tiny)
+
+    def plain(params, hidden, temperature):
+        return score.of_logits(tiny.model.unembed(params, hidden), tokens, temperature=temperature)
+
+    def chunked(params, hidden, temperature):
+        return score.of_hidden(tiny.model, params, hidden, tokens, temperature=temperature, chunk=chunk)
+
+    def run(say):
+        def total(*args):
+            said = say(*args)
+            return (said.logp + 0.3 * said.entropy).sum() + said.log_z.mean() + said.mean_logp[0, -1], said
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(tiny.params, hidden, 0.7)
+
+    same(run(chunked), run(plain))
+
+
+def test_chunks_in_which_nothing_is_wanted_are_passed_over(tiny):
+    hidden, tokens = states(tiny)
+    wanted = jnp.ones((2, 1), bool) & (jnp.arange(10) >= 5)[None]
+
+    def total(params, hidden, tokens, wanted=None):
+        return score.of_hidden(tiny.model, params, hidden, tokens, wanted, chunk=5).logp.sum()
+
+    run = jax.jit(jax.value_and_grad(total))
+    same(run(tiny.params, hidden.at[:, :5].set(jnp.nan), tokens, wanted), run(tiny.params, hidden[:, 5:], tokens[:, 5:]))
 
 
 def test_later_tokens_say_nothing_of_earlier_ones(evaluate):

@@ -3,9 +3,10 @@
 An objective returns sums, and the step divides them once, by the weight of the whole batch. So padding, packing, the order of rows,
 micro-batches and devices change no loss, no gradient and no metric. `check_objective` tries it, for anyone's objective.
 
-    layout.py    data as rows that can be laid out anew
-    measure.py   what a step makes of a batch
-    laws.py      LAWS: what must hold
+    layout.py      data as rows that can be laid out anew
+    measure.py     what a step makes of a batch
+    variations.py  laws that lay rows out anew
+    laws.py        LAWS: these and the others
 """
 
 import collections
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import shard
-from jaxalign.contract.laws import LAWS, Broken, Checked
+from jaxalign.contract.laws import LAWS
 from jaxalign.contract.layout import ROWS, Table, change, given, lay, read_table
 from jaxalign.contract.measure import Bench, measure_of
+from jaxalign.contract.variations import Broken, Checked
 from jaxalign.types import Batch
 
 __all__ = ["LAWS", "ROWS", "BrokenLaw", "Checked", "check_objective", "read_table"]
@@ -131,6 +133,6 @@ def _say(example: dict) -> str:
     said += f", weights {example['weights']}" + (f"; {example['change']}" if example["change"] else "")
     batch = next(x for x in jax.tree.leaves(example["data"], is_leaf=lambda x: isinstance(x, Batch)) if isinstance(x, Batch))
     if batch.tokens.size <= 80:
-        arrays = ", ".join(f"{name} {getattr(batch, name).tolist()}" for name in ("tokens", "segments", "weights"))
+        arrays = ", ".join(f"{name} {x.tolist()}" for name, x in vars(batch).items() if x is not None)
         said += f"; its first Batch is {arrays}"
     return said + ". "

@@ -19,12 +19,13 @@ class Table(NamedTuple):
     leaves: list
     tree: Any
     names: list  # of each leaf: its path
-    kinds: list  # of each leaf: "tokens", "segments", "weights", "token" (another per-token array), "row"
+    kinds: list  # of each leaf: "tokens", "segments", "weights", "source", "source_segments", "token" (others of [B,T]), "row"
     owners: list  # of each leaf: the number of its Batch, None of a row's
     widths: list  # of each Batch: the most real tokens of a row, over the Batches that came with the same width
+    source_width: int  # the most real tokens of a row of any source
 
-    def at(self, kind: str, owner: int) -> int:
-        return next(i for i in range(len(self.kinds)) if self.kinds[i] == kind and self.owners[i] == owner)
+    def at(self, kind: str, owner: int) -> int | None:
+        return next((i for i in range(len(self.kinds)) if self.kinds[i] == kind and self.owners[i] == owner), None)
 
     @property
     def batches(self):
@@ -64,8 +65,8 @@ def read_table(data) -> Table:
     def kind_of(path, x):
         key = _key(path)
         near = [i for i, (at, _) in enumerate(batches) if path[: len(at)] == at]
-        if near:  # a Batch's own; a source goes with its row
-            return (key, near[0]) if key in ("tokens", "segments", "weights") else ("row", None)
+        if near:  # a Batch's own
+            return key, near[0]
         for depth in range(len(path) - 1, -1, -1):
             near = near or [i for i, (at, _) in enumerate(batches) if at[:depth] == path[:depth]]
         fitting = [i for i in near if x.shape[:2] == batches[i][1]]
@@ -87,7 +88,8 @@ def read_table(data) -> Table:
     widths = [max(n for n, (_, other) in zip(lengths, batches) if other == shape) for _, shape in batches]
     if min(widths) < 2:
         raise TypeError("a Batch of the data has no row of two tokens, so that nothing in it can be a target")
-    return Table(leaves, tree, ["data" + jax.tree_util.keystr(path) for path, _ in flat], kinds, owners, widths)
+    source = max([int((x > 0).sum(1).max()) for x, kind in zip(leaves, kinds) if kind == "source_segments"], default=0)
+    return Table(leaves, tree, ["data" + jax.tree_util.keystr(path) for path, _ in flat], kinds, owners, widths, source)
 
 
 def _key(path) -> str:
@@ -100,26 +102,40 @@ def lay(table: Table, case: Case, slots=None, *, left=(0,) * ROWS, pad: int = 0,
 
     Args:
         slots: of every new row, the old rows that are packed into it; by default the case's, one each, which per-row arrays follow.
-        left: columns of padding before each. pad: token id of padding. spare: columns beside the longest row.
+        left: columns of padding before each, and before its source. pad: token id of padding. spare: columns beside the longest
+            row, and beside two of the longest source.
     """
     slots = [(row,) for row in case.rows] if slots is None else slots
     out = [x[np.asarray(case.rows)] for x in case.leaves]
     for owner in table.batches:
-        width, segments = table.widths[owner] + spare, case.leaves[table.at("segments", owner)]
-        rows, columns, numbers = np.zeros((3, ROWS, width), np.int32)
-        for new, slot in enumerate(slots):
-            parts = [np.flatnonzero(segments[row] > 0)[-case.keep :] for row in slot]
-            at = min(left[new], width - sum(map(len, parts)))
-            for row, part in zip(slot, parts):
-                here = slice(at, at := at + len(part))
-                starts = segments[row, part] != np.append(-1, segments[row, part])[:-1]
-                numbers[new, here] = numbers[new].max() + np.cumsum(starts)
-                rows[new, here], columns[new, here] = row, part
-        for i, x in enumerate(case.leaves):
+        segments = table.leaves[table.at("segments", owner)]
+        kept = [[(row, np.unique(segments[row, _kept(table, owner, row, case.keep)])) for row in slot] for slot in slots]
+        places = {"": _places(kept, segments, table.widths[owner] + spare, left, case.keep)}
+        if (i := table.at("source_segments", owner)) is not None:
+            places["source"] = _places(kept, table.leaves[i], 2 * table.source_width + spare, left)
+        for i, (x, kind) in enumerate(zip(case.leaves, table.kinds)):
             if table.owners[i] == owner:
-                fill = np.asarray(pad if table.kinds[i] == "tokens" else 0, x.dtype)
-                out[i] = numbers if table.kinds[i] == "segments" else np.where(like(numbers > 0, x), x[rows, columns], fill)
+                rows, columns, numbers = places["source" if kind.startswith("source") else ""]
+                fill = np.asarray(pad if kind in ("tokens", "source") else 0, x.dtype)
+                out[i] = numbers if kind.endswith("segments") else np.where(like(numbers > 0, x), x[rows, columns], fill)
     return out
+
+
+def _places(kept, segments, width: int, left, most: int = 2**31 - 1):
+    """Where each column of the new rows is from: row, column and the new number of its document, i32 [ROWS, width]; 0: padding.
+
+    Args: kept: of every new row, (old row, the documents of it that are kept). most: of each old row, so many of its last tokens.
+    """
+    rows, columns, numbers = np.zeros((3, ROWS, width), np.int32)
+    for new, slot in enumerate(kept):
+        parts = [(row, documents, np.flatnonzero(np.isin(segments[row], documents))[-most:]) for row, documents in slot]
+        at, before = min(left[new], width - sum(len(part) for *_, part in parts)), 1
+        for row, documents, part in parts:
+            here = slice(at, at := at + len(part))
+            rows[new, here], columns[new, here] = row, part
+            numbers[new, here] = before + np.searchsorted(documents, segments[row, part])
+            before += len(documents)
+    return rows, columns, numbers
 
 
 def like(mask, x):
@@ -138,12 +154,12 @@ def targets(table: Table, leaves, owner: int):
 
 
 def change(table: Table, leaves, kind: str, new) -> list:
-    """The leaves, each Batch's tokens or weights x replaced by new(x, segments)."""
+    """The leaves, each Batch's tokens, weights or, where it has one, source x replaced by new(x, segments of x)."""
     out = list(leaves)
     for owner in table.batches:
-        i = table.at(kind, owner)
-        x = leaves[i] if kind == "tokens" else np.asarray(leaves[i], np.float32)
-        out[i] = np.asarray(new(x, leaves[table.at("segments", owner)]), x.dtype)
+        if (i := table.at(kind, owner)) is not None:
+            x = np.asarray(leaves[i], np.float32) if kind == "weights" else leaves[i]
+            out[i] = np.asarray(new(x, leaves[table.at("source_segments" if kind == "source" else "segments", owner)]), x.dtype)
     return out
 
 

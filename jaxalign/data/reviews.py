@@ -109,7 +109,13 @@ def cut(text: str) -> dict:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word: every word that the world can write."""
-    words = {word for text in reviews(4000, seed=0) + openings(400, seed=0) for word in text.split()} | set(VALENCES)
+    return words_tokenizer(
+        {word for text in reviews(4000, seed=0) + openings(400, seed=0) for word in text.split()} | set(VALENCES)
+    )
+
+
+def words_tokenizer(words: set[str]) -> PreTrainedTokenizerFast:
+    """One token for each of these words; texts are split at spaces."""
     vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(words)])}
     made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

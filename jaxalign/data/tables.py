@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxalign.data.text import Document, fit
-from jaxalign.objectives.reward import Judged, Ranked, Rated
+from jaxalign.objectives.reward import Judged, Ranked, Rated, Stepwise
 from jaxalign.types import Batch, Pairs
 
 
@@ -229,6 +229,16 @@ def ranked(
 def rated(documents: list[Document], rating, length: int, *, pad_id: int = 0, source_length: int = 0) -> Rated:
     """Responses, and the number that each should score, f32 [B] in units of the reward."""
     return Rated(pad(documents, length, pad_id=pad_id, source_length=source_length), np.asarray(rating, np.float32))
+
+
+def stepwise(documents: list[Document], labels: list[list], length: int, *, pad_id: int = 0, source_length: int = 0) -> Stepwise:
+    """Solutions (text.in_steps), and the labels of the steps of each, None where nobody said; of a cut one the last steps."""
+    solutions = pad(documents, length, pad_id=pad_id, source_length=source_length)
+    label = np.full(solutions.tokens.shape, np.nan, np.float32)
+    for row, said in enumerate(labels):
+        ends = np.flatnonzero(solutions.weights[row])
+        label[row, ends] = np.array(said, np.float32)[len(said) - len(ends) :]
+    return Stepwise(solutions, label)
 
 
 def prompt_of(document: Document) -> Document:

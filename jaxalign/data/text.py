@@ -44,6 +44,18 @@ def prompt_completion(tokenizer, prompt: str, completion: str, *, eos: bool = Tr
     return _document(tokenizer, [(prompt, 0.0), (completion, 1.0)], eos=eos, bos=bos)
 
 
+def in_steps(tokenizer, prompt: str, steps: list[str]) -> Document:
+    """A prompt and the steps of its solution. Targets: the last token of each step, where a step is judged. No EOS.
+
+    Raises ValueError for a step that has no token.
+    """
+    document = _document(tokenizer, [(prompt, 0.0), *((step, n) for n, step in enumerate(steps, 1))], eos=False, bos=None)
+    ends = (document.weights != np.append(document.weights[1:], 0)) & (document.weights > 0)
+    if ends.sum() != len(steps):
+        raise ValueError(f"{len(steps)} steps, of which {ends.sum()} have a token that something stands before")
+    return document._replace(weights=ends.astype(np.float32))
+
+
 def source_target(tokenizer, source: str, target: str, *, start: int, eos: bool = True) -> Document:
     """For an encoder-decoder: a source and EOS for the encoder; for the decoder `start` and, as the targets, the target and EOS.
 

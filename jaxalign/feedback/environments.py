@@ -1,15 +1,18 @@
 """Environments, which answer a policy turn after turn: tools, games, users.
 
-An environment is a function (state, text) -> (state, observation, reward, done). It changes nothing but what it returns, so that an
-episode can be played again. What it says becomes tokens of weight 0, which the policy reads and is not trained on:
-`ops.advantages.gae` passes over them, from the policy's last token before them to its first one behind.
+An environment is a function (state, text) -> (state, observation, reward, done), or (state, text) -> reward, which is one of one
+turn. It changes nothing but what it returns, so that an episode can be played again. What it says becomes tokens of weight 0, which
+the policy reads and is not trained on: `ops.advantages.gae` passes over them, from the policy's last token before them to its first
+one behind.
 """
 
+import re
 import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxalign.data import arithmetic
 from jaxalign.data.text import Document
 
 
@@ -53,7 +56,9 @@ def play(environment, states, prompts: list[Document], draw, *, encode, decode, 
             episode = episodes[row]
             document = _and(episode.document, said[row], 1.0)
             try:
-                state, observation, reward, done = environment(episode.state, decode(said[row]))
+                answer = environment(episode.state, decode(said[row]))
+                state, observation, reward, done = answer if isinstance(answer, tuple) else (episode.state, "", answer, True)
+                reward = float(reward)
             except Exception as error:  # an environment is anybody's code
                 warnings.warn(f"the environment failed, {type(error).__name__}: {error}, in turn {turn} of row {row}", stacklevel=2)
                 state, observation, reward, done = episode.state, "", np.nan, True
@@ -61,10 +66,25 @@ def play(environment, states, prompts: list[Document], draw, *, encode, decode, 
             seen = [] if last else encode(observation)
             goes_on = not last and len(document.tokens) + len(seen) <= length
             document = _and(document, seen, 0.0) if goes_on else document
-            episodes[row] = Episode(document, episode.reward + float(reward), state, turn + 1, bool(done))
+            episodes[row] = Episode(document, episode.reward + reward, state, turn + 1, bool(done))
             if not goes_on:
                 live.remove(row)
     return episodes
+
+
+# --------------------------------------------------------- environments; a state is the row that the prompt was made of
+
+
+def guess(state, text):
+    """A number to be found, state["secret"], as data.arithmetic.secrets has them. Reward: 1 for it; else a hint is told."""
+    told = arithmetic.hint(state["secret"], text)
+    return state, told, float(not told), not told
+
+
+def last_number(state, text):
+    """A reward that can be verified: 1 where the last number in the text is state["answer"], else 0."""
+    found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    return float(bool(found) and float(found[-1]) == float(state["answer"]))
 
 
 def _and(document: Document, ids, weight: float) -> Document:

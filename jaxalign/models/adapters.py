@@ -11,18 +11,18 @@ a run starts from, which is its reference, costs no second copy of them.
 
 import re
 from dataclasses import replace
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models import Config, build
-from jaxalign.models.parts import AT_INPUT, Adapter
+from jaxalign.models import Config, build, peft
+from jaxalign.models.parts import ADDED, AT_INPUT, Adapter
 from jaxalign.shard import unbox
 from jaxalign.types import join
 
-ADDED = r"(^|\.)(lora_a|lora_b|ia3|prefix|prompt)(\.|$)"  # leaves that a plain model does not have
-TRAINED = rf"{ADDED}|(^|\.)(last|scalar)\.|^critic\."  # and a critic that is a model of its own
+TRAINED = rf"{ADDED}|(^|\.)(last|scalar|classes)\.|^critic\."  # and a critic that is a model of its own
 
 
 def trained_leaves(config: Config) -> str:
@@ -51,16 +51,23 @@ def split(params, leaves: str):
 
 
 def adapt(config: Config, params, adapter: Adapter, key):
-    """A plain model with an adapter, its new leaves drawn from the key. -> (config, params); `merge` is the inverse.
+    """A plain model with an adapter, its new leaves read from adapter.source or drawn from the key. -> (config, params)
 
-    Raises ValueError where the model has an adapter already, or the adapter fits no part of it.
+    `merge` is the inverse.
+    Raises ValueError where the model has an adapter already, or the adapter fits no part of it; as peft.load, too.
     """
     if config.adapter:
         raise ValueError(f"the model has an adapter already, {config.adapter}: merge it first")
+    if adapter.source:
+        config, params = peft.load(adapter.source, config, params)
+        if config.adapter.kind != adapter.kind:
+            raise ValueError(f"{adapter.source} holds an adapter of kind {config.adapter.kind}, not {adapter.kind}")
+        return config, params
     config = replace(config, adapter=adapter)
     if adapter.kind == "last":
-        stack, below = params["layers"], config.layers - config.top
-        params = params | {"layers": jax.tree.map(lambda x: x[:below], stack), "last": jax.tree.map(lambda x: x[below:], stack)}
+        below = config.layers - config.top
+        parts = {"layers": itemgetter(slice(below)), "last": itemgetter(slice(below, None))}
+        params = _decoder(params, lambda of: {name: jax.tree.map(part, of["layers"]) for name, part in parts.items()})
     if adapter.kind in ("last", "head"):
         return config, params
 
@@ -73,6 +80,19 @@ def adapt(config: Config, params, adapter: Adapter, key):
         raise ValueError(
             f"adapter targets = {adapter.targets!r} are in no name of a dense layer, such as layers.mlp.down"
         ) from error
+
+
+def neutral(params):
+    """The same parameters, with which LoRA and (IA)3 change nothing: the model below them. All other leaves are the same arrays.
+
+    Virtual tokens stay as they are, for none says nothing.
+    """
+
+    def one(path, x):
+        value = {"lora_b": 0, "ia3": 1}.get(path[-1].key)
+        return x if value is None else jnp.full_like(x, value, device=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def merge(config: Config, params):
@@ -90,10 +110,19 @@ def merge(config: Config, params):
         )
     plain = replace(config, adapter=None)
     if adapter.kind == "last":
-        kept = {name: x for name, x in params.items() if name != "last"}
-        stacks = params["layers"], params["last"]
-        return plain, kept | {"layers": jax.tree.map(lambda *x: _numpy_of(x[0]).concatenate(x), *stacks)}
+
+        def whole(*x):
+            return _numpy_of(x[0]).concatenate(x)
+
+        return plain, _decoder(params, lambda of: {"layers": jax.tree.map(whole, of["layers"], of["last"])})
     return plain, _merged(params, "", adapter)
+
+
+def _decoder(params, change):
+    """The parameters with other layers, those that change(decoder) gives: of all of a model, or of its part `decoder`."""
+    if "decoder" in params:
+        return params | {"decoder": _decoder(params["decoder"], change)}
+    return {name: x for name, x in params.items() if name not in ("layers", "last")} | change(params)
 
 
 def _merged(tree, path: str, adapter: Adapter):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.attention import attend, frequencies, positions_of, rope, soft_cap
-from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, normal
+from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, normal, stacked
 from jaxalign.shard import constrain_rows, declared
 from jaxalign.types import Model
 
@@ -96,7 +96,7 @@ class DecoderConfig:
     @property
     def top(self) -> int:
         """How many of the layers are in `last`."""
-        return self.adapter.layers if self.adapter and self.adapter.kind == "last" else 0
+        return self.adapter.top if self.adapter else 0
 
     @property
     def virtual(self) -> int:
@@ -209,21 +209,9 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         self.embed = Embedding(c)
-        block = Block if REMAT[c.remat] is None else nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
-
-        def stack(count):
-            return nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
-                length=count,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c)
-
-        self.layers = stack(c.layers - c.top)
+        self.layers = stacked(Block, c.layers - c.top, c)
         if c.top:
-            self.last = stack(c.top)
+            self.last = stacked(Block, c.top, c)
         if c.virtual and c.adapter.kind == "prefix":
             self.prefix = Prefix(c)
         elif c.virtual:

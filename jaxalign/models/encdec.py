@@ -7,7 +7,7 @@ The parameter tree, leaves of `layers` stacked on a first axis, of the encoder's
 
     embed    tokens [V,D], for both sides
     encoder  distances [buckets,H], layers {attention_norm, attention {q, k, v, o}, mlp_norm, mlp {gate, up, down}}, norm
-    decoder  the same, with layers.cross_norm and layers.cross {q, k, v, o} between
+    decoder  the same, with layers.cross_norm and layers.cross {q, k, v, o} between; `last`, by an adapter, the last of its layers
     head     kernel [V,D] (untied only)
     scalar   kernel [D], bias [] (reward models and value heads only)
 """
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, normal
+from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, normal, stacked
 from jaxalign.shard import constrain_rows, declared
 from jaxalign.types import Model
 
@@ -47,7 +47,7 @@ class EncDecConfig:
     scalar: float | None = None  # std of a scalar head's first kernel (0 for a value head); None: no such head
     dtype: str = "float32"  # of activations and of the weights as they are used; parameters stay float32
     remat: str = "none"  # what a layer's backward pass recomputes: parts.REMAT
-    adapter: Adapter | None = None  # what is trained instead of all, of kinds lora, ia3 and head; None: all
+    adapter: Adapter | None = None  # what is trained instead of all, of kinds lora, ia3, last (of the decoder) and head; None: all
 
     norm = "rms"  # what Norm and Mlp ask for, and T5 has in one way
     mlp_bias = False
@@ -55,8 +55,10 @@ class EncDecConfig:
     def __post_init__(self):
         if isinstance(self.adapter, dict):  # as JSON has it
             object.__setattr__(self, "adapter", Adapter(**self.adapter))
-        if self.adapter and self.adapter.kind not in ("lora", "ia3", "head"):
-            raise ValueError(f"adapter kind = {self.adapter.kind!r} is for decoders; an encoder-decoder has lora, ia3 and head")
+        if self.adapter and self.adapter.virtual:  # an encoder's virtual tokens read the source: every document has its own
+            raise ValueError(f"adapter kind = {self.adapter.kind!r} is for decoders; an encoder-decoder has the others")
+        if not self.top < self.layers:
+            raise ValueError(f"adapter layers = {self.top}: fewer than all {self.layers} of the decoder")
         for name, values in (("activation", ACTIVATIONS), ("remat", REMAT)):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; there are {', '.join(values)}")
@@ -65,6 +67,11 @@ class EncDecConfig:
             raise ValueError(f"{told}: buckets are even, 4 or more, and furthest is above their half")
         if not 0 <= self.start < self.vocab:
             raise ValueError(f"start = {self.start} is no token of a vocabulary of {self.vocab}")
+
+    @property
+    def top(self) -> int:
+        """How many of the decoder's layers are in `last`."""
+        return self.adapter.top if self.adapter else 0
 
 
 def bucket(distance, count: int, furthest: int, *, both_ways: bool):
@@ -143,19 +150,14 @@ class Stack(nn.Module):
 
     config: EncDecConfig
     count: int
+    top: int = 0  # how many of them are in `last`
     crosses: bool = False
 
     def setup(self):
         c = self.config
-        block = Block if REMAT[c.remat] is None else nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=self.count,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.crosses)
+        self.layers = stacked(Block, self.count - self.top, c, self.crosses)
+        if self.top:
+            self.last = stacked(Block, self.top, c, self.crosses)
         self.norm = Norm(c)
         self.distances = self.param("distances", declared(normal(c.width**-0.5), None, "heads"), (c.buckets, c.heads))
 
@@ -169,7 +171,11 @@ class Stack(nn.Module):
         bias = jnp.asarray(self.distances)[bucket(distance, c.buckets, c.furthest, both_ways=not self.crosses)]  # [T,S,H]
         where |= {"mask": mask, "bias": bias.transpose(2, 0, 1)[None], "at": at}
         layer = {"index": jnp.arange(self.count)} | ({} if kept is None else {"source": kept})
-        (x, cache), kept = self.layers((x, cache), layer, where)
+        below = self.count - self.top
+        (x, cache), kept = self.layers((x, cache), jax.tree.map(lambda of: of[:below], layer), where)
+        if self.top:
+            (x, cache), more = self.last((x, cache), jax.tree.map(lambda of: of[below:], layer), where)
+            kept = jax.tree.map(lambda *of: jnp.concatenate(of), kept, more)
         return self.norm(x), cache, kept
 
 
@@ -180,7 +186,7 @@ class EncoderDecoder(nn.Module):
         c = self.config
         self.embed = Embedding(c)
         self.encoder = Stack(c, c.encoder_layers)
-        self.decoder = Stack(c, c.layers, crosses=True)
+        self.decoder = Stack(c, c.layers, c.top, crosses=True)
         if not c.tied:
             self.head = Head(c, std=c.width**-0.5)
         if c.scalar is not None:

@@ -10,9 +10,11 @@ import math
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxalign.models.layout import Tensor, brief
+from jaxalign.shard import fetch
 
 WEIGHTS, INDEX, SEAL = "model.safetensors", "model.safetensors.index.json", "jaxalign.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # those that are read
@@ -144,10 +146,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(folder: Path):
-    """Write the sha256 of every file of a folder beside them."""
+def digest(tree) -> str:
+    """Sixteen hexadecimal digits that tell this tree of arrays from others."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        total.update(jax.tree_util.keystr(path).encode())
+        total.update(np.ascontiguousarray(fetch(leaf)))
+    return total.hexdigest()[:16]
+
+
+def seal(folder: Path, **more):
+    """Write the sha256 of every file of a folder beside them, and what more there is to say."""
     digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    (folder / SEAL).write_text(json.dumps({"sha256": digests}, indent=2))
+    (folder / SEAL).write_text(json.dumps({"sha256": digests, **more}, indent=2))
 
 
 def check_seal(folder: Path, *, weights: bool):

@@ -288,11 +288,14 @@ FAMILIES = {
     "olmo2": Family(_OLMO2, "model.", _classes("Olmo2"), _OLMO2_FIELDS, _ROPE, {}),
     "gemma2": Family(_GEMMA2, "model.", _classes("Gemma2"), _GEMMA2_FIELDS, _ROPE, {}, every_other),
     "gemma3_text": Family(_GEMMA3, "model.", _classes("Gemma3", "Gemma3Text"), _GEMMA3_FIELDS, _ROPE, {}, all_but_each_nth),
-    "t5": Family(
-        *(_t5, "", ("T5ForConditionalGeneration",) * 2, _T5_FIELDS, {}, {}),  # transformers has no class of its scalar head
-        config=EncDecConfig,
-        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
-    ),
+    **{
+        name: Family(
+            *(_t5, "", (f"{name.upper()}ForConditionalGeneration",) * 2, fields, {}, {}),  # no class there has a scalar head
+            config=EncDecConfig,
+            copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        )
+        for name, fields in (("t5", _T5_FIELDS), ("mt5", _T5_FIELDS | {"head_scaled": (None, False)}))
+    },
 }
 LACKING = {  # keys that change what a model computes: the one value (beside null) that means what the decoder does
     "quantization_config": None,

@@ -12,6 +12,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from jaxalign.shard import declared
 
@@ -24,10 +26,13 @@ ACTIVATIONS = {
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": lambda primitive, *_, **how: (
+        primitive is _product or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *_, **how)
+    ),
 }
 AT_INPUT = "mlp.down"  # where ia3 is at the input of a dense layer
 ADAPTERS = ("lora", "ia3", "prefix", "prompt", "last", "head")
+ADDED = r"(^|\.)(lora_a|lora_b|ia3|prefix|prompt)(\.|$)"  # leaves that a plain model does not have
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Adapter:
     rank_stabilised: bool = False  # lora: s = alpha/sqrt(rank)
     length: int = 16  # prefix, prompt: tokens; they take as many of a model's positions
     layers: int = 2  # last
+    source: str = ""  # lora, ia3, prefix, prompt: a folder of PEFT's or of a run, which says all but the kind; "": a new one
 
     def __post_init__(self):
         if self.kind not in ADAPTERS:
@@ -73,6 +79,11 @@ class Adapter:
         """How many tokens stand before each document."""
         return self.length if self.kind in ("prefix", "prompt") else 0
 
+    @property
+    def top(self) -> int:
+        """How many of the last layers are trained."""
+        return self.layers if self.kind == "last" else 0
+
 
 def normal(std):
     return nn.initializers.normal(std)
@@ -81,6 +92,61 @@ def normal(std):
 def uniform(key, shape, dtype=jnp.float32, *, bound):
     """Between -bound and bound."""
     return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def product(x, kernel, contract: int):
+    """x times a kernel, contracting the last `contract` axes of x with the first of the kernel.
+
+    JAX's own product but for one thing: of x and the gradient the smaller one stands first in that of the kernel, for XLA's CPU
+    compiler transposes what stands first. It is a primitive, so every derivative and every map goes through it.
+    """
+    return _product.bind(x, kernel.astype(x.dtype), contract=contract)
+
+
+def _plain(x, kernel, *, contract):
+    axes = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
+    return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+
+
+def _of_x(g, x, kernel, *, contract):
+    axes = tuple(range(x.aval.ndim - contract, g.ndim)), tuple(range(contract, kernel.ndim))
+    return jax.lax.dot_general(g, kernel, (axes, ((), ())))
+
+
+def _of_kernel(g, x, kernel, *, contract):
+    rows = tuple(range(x.ndim - contract))
+    if x.size <= g.size:
+        return jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+    outs = g.ndim - len(rows)
+    return jnp.moveaxis(jax.lax.dot_general(g, x, ((rows, rows), ((), ()))), range(outs), range(-outs, 0))
+
+
+def _mapped(operands, axes, *, contract):
+    if axes[1] is None:
+        return _product.bind(jnp.moveaxis(operands[0], axes[0], 0), operands[1], contract=contract), 0
+    return jax.vmap(partial(_plain, contract=contract), axes)(*operands), 0
+
+
+_product = Primitive("product")
+_product.def_impl(jax.jit(_plain, static_argnames="contract"))
+_product.def_abstract_eval(lambda x, kernel, *, contract: x.update(shape=x.shape[: x.ndim - contract] + kernel.shape[contract:]))
+mlir.register_lowering(_product, mlir.lower_fun(_plain, multiple_results=False))
+ad.defbilinear(_product, _of_x, _of_kernel)
+batching.primitive_batchers[_product] = _mapped
+
+
+def stacked(block, count: int, config, *args):
+    """`count` layers of a block, (carry, layer, where) -> (carry, out), in turn: parameters, `layer` and out are [count,...]"""
+    if REMAT[config.remat] is not None:
+        block = nn.remat(block, policy=REMAT[config.remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=count,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(config, *args)
 
 
 class Norm(nn.Module):
@@ -128,10 +194,6 @@ class Linear(nn.Module):
 
         def times(y, shape, names):
             return y * self.param("ia3", declared(nn.initializers.ones, *names), shape).astype(y.dtype)[None, None]
-
-        def product(x, kernel, contract):
-            axes = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
-            return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
 
         if kind == "ia3" and name.endswith(AT_INPUT):
             x = times(x, ins, in_names)

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from jaxalign.models import Config, files, layout
 from jaxalign.models.layout import brief, family_for
-from jaxalign.models.parts import AT_INPUT, Adapter
+from jaxalign.models.parts import ADDED, AT_INPUT, Adapter
 from jaxalign.shard import fetch, unbox
 from jaxalign.types import join
 
@@ -40,7 +40,9 @@ TOLD = {  # what does not change the numbers of an adapter that has been trained
 
 
 def export(folder, config: Config, params, *, family: str | None = None, base: str | None = None) -> Path:
-    """Write the adapter of a model as PEFT reads it, in float32, with the sha256 of both files beside. Inverse of `load`.
+    """Write the adapter of a model as PEFT reads it, in float32. Inverse of `load`.
+
+    Beside them stands jaxalign.json: the sha256 of both files, and a digest of the model below, which `load` compares.
 
     Every process of a run calls this, the first one writes.
     Args:
@@ -75,18 +77,34 @@ def export(folder, config: Config, params, *, family: str | None = None, base: s
         if flat["scalar.bias"]:  # transformers has none
             tensors[f"{PREFIX}score.bias"] = flat["scalar.bias"][None]
     if jax.process_index() == 0:
-        _write(folder, raw, tensors)
+        _write(folder, raw, tensors, _digest_below(flat))
     return folder
+
+
+def base_of(folder) -> str:
+    """The source of the model below the adapter of a folder, as adapter_config.json names it. ValueError where it names none."""
+    base = files.read_json(files.member(Path(folder), CONFIG)).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{folder}: base_model_name_or_path is {brief(base)}; say the model below this adapter as {folder}@MODEL")
+    return base
 
 
 def load(folder, config: Config, params, *, family: str | None = None):
     """A plain model with the adapter of a folder. -> (config, params): the adapter's leaves are float32 NumPy, the others as given
 
     Its rank is the largest of rank_pattern; layers of a smaller one get zeros, and what alpha_pattern says goes into their B.
-    Raises ValueError, one line that names the file, for what our adapters do not compute; OSError where there is no file.
+    Args: folder: PEFT's, or a run's, whose folder `adapter` is meant.
+    Raises ValueError, one line that names the file, for what our adapters do not compute, and for another model than the one that
+    the adapter was trained on; OSError where there is no file.
     """
     folder, kind = Path(folder), family or layout.family_of(config)
-    _check_seal(folder)
+    if config.adapter:
+        raise ValueError(f"{folder}: the model below has an adapter already, a {config.adapter.kind} that cannot be merged")
+    if not (folder / CONFIG).exists():
+        folder = folder / "adapter"
+    if not (folder / CONFIG).exists():
+        raise OSError(f"there is no adapter in {folder.parent}: no {CONFIG} there, nor in its folder `adapter`")
+    _check_seal(folder, params)
     where, raw = folder / CONFIG, files.read_json(files.member(folder, CONFIG))
     tensors = files.open_safetensors(files.member(folder, WEIGHTS))
     if raw.get("peft_type") not in TYPES:
@@ -125,7 +143,7 @@ def _refuse_virtual(folder, config):
 
 
 def _virtual(config, raw, tensors, folder):
-    _refuse_virtual(folder, config)
+    _refuse_virtual(folder, replace(config, scalar=None))  # the model's own head is none of PEFT's
     kind, tensor = TYPES[raw["peft_type"]], tensors.pop("prompt_embeddings", None)
     length, wide = raw.get("num_virtual_tokens"), config.layers * 2 * config.kv_heads * config.head_dim
     wanted = (length, wide if kind == "prefix" else config.width)
@@ -304,7 +322,11 @@ def _scales(raw, found, folder) -> list[float]:
 # ---------------------------------------------------------------- files
 
 
-def _write(folder: Path, raw: dict, tensors: dict):
+def _digest_below(flat: dict) -> str:
+    return files.digest({name: x for name, x in flat.items() if not re.search(rf"{ADDED}|^scalar\.", name)})
+
+
+def _write(folder: Path, raw: dict, tensors: dict, below: str):
     """To a folder beside, which then takes the name."""
     ours = {CONFIG, WEIGHTS, files.SEAL}
     if folder.exists() and (strange := sorted({path.name for path in folder.iterdir()} - ours - {"README.md"})):
@@ -315,18 +337,21 @@ def _write(folder: Path, raw: dict, tensors: dict):
     new.mkdir(parents=True)
     save_file({name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
     (new / CONFIG).write_text(json.dumps(raw, indent=2))
-    files.seal(new)
+    files.seal(new, below=below)
     if folder.exists():
         folder.replace(old)
     new.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_seal(folder: Path):
-    """ValueError where the files are not those that were exported. A folder without a seal passes."""
+def _check_seal(folder: Path, params):
+    """ValueError where the files are not those that were exported, or the model is another. A folder without a seal passes."""
     if not (folder / files.SEAL).exists():
         return
-    digests = files.read_json(files.member(folder, files.SEAL)).get("sha256")
+    told = files.read_json(files.member(folder, files.SEAL))
+    digests = told.get("sha256")
     for name in (CONFIG, WEIGHTS):
         if not isinstance(digests, dict) or digests.get(name) != files.sha256(files.member(folder, name)):
             raise ValueError(f"{folder / name} is not as it was exported: its sha256 is not the one in {files.SEAL}")
+    if "below" in told and told["below"] != _digest_below(layout.flatten(params)):
+        raise ValueError(f"{folder}: this is not the model that the adapter was trained on; if it is meant, delete {files.SEAL}")

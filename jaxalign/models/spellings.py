@@ -132,7 +132,7 @@ def write_windows(family, config) -> dict:
 
 def read_forward(raw: dict) -> dict:
     """T5's dense_act_fn and is_gated_act, which follow from feed_forward_proj, as in transformers."""
-    word = raw.get("feed_forward_proj") or "relu"
+    word = raw.get("feed_forward_proj") or {"t5": "relu", "mt5": "gated-gelu"}[raw["model_type"]]
     gated = isinstance(word, str) and word.startswith("gated-")
     if gated:
         word = "gelu_new" if word == "gated-gelu" else word.removeprefix("gated-")

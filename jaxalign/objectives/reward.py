@@ -36,6 +36,14 @@ class Rated:
     rating: Array  # f32 [B], in units of the reward; NaN where nobody rated
 
 
+@struct.dataclass
+class Stepwise:
+    """Solutions in steps, and whether each step is right."""
+
+    solutions: Batch  # weights are 1 at the last token of each step
+    label: Array  # f32 [B,T], there: 1 right, 0 wrong, or a share of votes; NaN where nobody said
+
+
 def pairwise(params, data: Pairs, *, model: Model, centring: float = 0.0):
     """-log sigmoid(r_chosen - r_rejected - margin), both scored in one forward pass. Stiennon et al. 2020 eq. 1. Weight: pairs.
 
@@ -126,6 +134,20 @@ def rating(params, data: Rated, *, model: Model):
     wanted, scores = masked(data.rating, weight), score.last_scalar(model, params, data.responses)
     loss = masked_sum(preference.square(scores, wanted), weight)
     return loss, {"weight": weight.sum(), "reward/score": masked_sum(scores, weight), "reward/rating": wanted.sum()}
+
+
+def process(params, data: Stepwise, *, model: Model):
+    """Cross entropy of sigmoid(r_k) with step k's label, r_k the scalar at its last token. Weight: labelled steps.
+
+    Uesato et al. 2022; Lightman et al. 2023 section 2.6. With a label at the last step alone, the outcome's, it is their ORM.
+    Metrics: reward/accuracy, the share of labelled steps (of votes) that are on the right side of 1/2.
+    """
+    logit, weights = score.scalars(model, params, data.solutions), data.solutions.targets
+    weights = jnp.where(jnp.isfinite(data.label), weights, 0)
+    p = masked(data.label, weights)
+    right = 0.5 * (1 + jnp.sign(logit) * (2 * p - 1))
+    sums = {"weight": weights.sum(), "reward/accuracy": masked_sum(right, weights)}
+    return masked_sum(preference.soft_bradley_terry(logit, 0.0, p), weights), sums
 
 
 def stack(*batches: Batch) -> Batch:

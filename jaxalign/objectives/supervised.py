@@ -63,9 +63,7 @@ def classify(params, data: Classified, *, model: Model, lm_weight: float = 0.5):
     The mean is over each row's targets, as in the authors' code; eq. 1 has a sum.
     Metrics: loss/class, loss/lm (nats a token, of a row) and class/accuracy.
     """
-    last, lm = _read(params, data.texts, model)
-    logits = last.sum(1) @ params["classes"]["kernel"] + params["classes"]["bias"][None]
-    return _classified(logits, lm, data, lm_weight)
+    return _classified(*class_logits(params, data.texts, model=model), data, lm_weight)
 
 
 def choose(params, data: Classified, *, model: Model, lm_weight: float = 0.5):
@@ -74,9 +72,19 @@ def choose(params, data: Classified, *, model: Model, lm_weight: float = 0.5):
     GPT-1 section 3.3, multiple choice; w and b are the scalar head. A text without tokens is not there to be chosen. Weight: rows.
     Metrics: as `classify`.
     """
-    last, lm = _read(params, data.texts, model)
-    there = _there(data.texts)
-    return _classified(jnp.where(there, model.scalar(params, last), -1e30), lm, data, lm_weight)
+    return _classified(*choice_logits(params, data.texts, model=model), data, lm_weight)
+
+
+def class_logits(params, texts: tuple[Batch, ...], *, model: Model):
+    """W h_last + b of S texts, whose states are added, f32 [B,C]; and the mean of -log p of their targets, nats [B]."""
+    last, lm = _read(params, texts, model)
+    return last.sum(1) @ params["classes"]["kernel"] + params["classes"]["bias"][None], lm
+
+
+def choice_logits(params, texts: tuple[Batch, ...], *, model: Model):
+    """w h_last of each of S texts, f32 [B,S], -1e30 of one that is not there; and the mean as of `class_logits`."""
+    last, lm = _read(params, texts, model)
+    return jnp.where(_there(texts), model.scalar(params, last), -1e30), lm
 
 
 def class_head(key, width: int, classes: int) -> dict:

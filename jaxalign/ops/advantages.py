@@ -18,16 +18,18 @@ def slot_after(weights):
     return jnp.maximum(weights > 0, after).astype(weights.dtype)
 
 
-def token_rewards(logp, ref_logp, weights, score, beta, *, after_last: bool = False):
+def token_rewards(logp, ref_logp, weights, score, beta, earned=None, *, after_last: bool = False):
     """r_t = -beta (logp_t - ref_logp_t), plus the score at the last response token. -> f32 [B,T]
 
     Ziegler et al. 2019 eq. 2. `after_last` puts the score one slot after the last token where the row has one left, as N+ and
     TRL do; return and advantage must then use `slot_after(weights)`.
-    Args: logp, ref_logp, weights [B,T] (nats; the same temperature); score [B]; beta, reward per nat.
+    Args: logp, ref_logp, weights [B,T] (nats; the same temperature); score [B]; beta, reward per nat; earned [B,T], how much of the
+    score each token has earned, such as the last one of a step that was judged (Uesato et al. 2022): the last has what is left.
     """
     penalty = masked(-beta * (logp - ref_logp), weights)
+    earned = masked(jnp.zeros_like(penalty) if earned is None else earned, weights)
     where = last_of(slot_after(weights) if after_last else weights)
-    return penalty + where * score[:, None]
+    return penalty + earned + where * (score - earned.sum(1))[:, None]
 
 
 def without_eos(score, has_eos, *, replace: float | None = None, penalty: float = 0.0):

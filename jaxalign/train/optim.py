@@ -1,8 +1,12 @@
 """The optimiser: Adam with a schedule, clipping and masked decay."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
+
+TINY = 1e-30  # under the root of Adam's second moment: changes no number, and gives the root a slope where all gradients were 0
 
 
 def scale_by_adam_tensorflow(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -16,7 +20,7 @@ def scale_by_adam_tensorflow(b1: float, b2: float, eps: float) -> optax.Gradient
         _, state = moments.update(grads, state, params)
         t = state.count.astype(jnp.float32)
         size = jnp.sqrt(1 - b2**t) / (1 - b1**t)
-        return jax.tree.map(lambda m, v: size * m / (jnp.sqrt(v) + eps), state.mu, state.nu), state
+        return jax.tree.map(lambda m, v: size * m / (jnp.sqrt(v + TINY) + eps), state.mu, state.nu), state
 
     return optax.GradientTransformation(moments.init, update)
 
@@ -53,7 +57,7 @@ def adam(
 
     Args: eps_placement: "pytorch" (optax's too) or "tensorflow"; clip_norm: bound of the global gradient norm, 0 for none.
     """
-    scalers = {"pytorch": optax.scale_by_adam, "tensorflow": scale_by_adam_tensorflow}
+    scalers = {"pytorch": partial(optax.scale_by_adam, eps_root=TINY), "tensorflow": scale_by_adam_tensorflow}
     if eps_placement not in scalers:
         raise ValueError(f"optim.eps_placement = {eps_placement!r}; there are {', '.join(scalers)}")
 

@@ -13,7 +13,8 @@ CHARTS = (  # title, metrics; those that a run has not are left out, those not n
     ("Reward, a response", ("reward/score", "reward/total", "proxy/held_out")),
     ("Gold reward, a held-out response", ("gold/held_out",)),
     ("KL from the reference, nats a response", ("policy/kl", "policy/kl_k2", "policy/kl_k3", "kl/held_out")),
-    ("Accuracy, of pairs", ("reward/accuracy", "accuracy/held_out")),
+    ("Accuracy", ("reward/accuracy", "accuracy/held_out", "class/accuracy")),
+    ("KL from the teacher, nats a token", ("loss/divergence", "forward_kl/held_out", "reverse_kl/held_out")),
     (
         "Log-probability, nats a response",
         ("policy/logp_chosen", "policy/logp_rejected", "logp_chosen/held_out", "logp_rejected/held_out"),

@@ -1,4 +1,5 @@
-"""Makes t5/*.json: what transformers computes with tiny T5s of both kinds, the first (ReLU, tied) and 1.1 or Flan (gated, untied).
+"""Makes t5/*.json: what transformers computes with tiny T5s: the first (ReLU, tied); 1.1, Flan and ByT5 (gated, untied); UL2 (the
+same by SiLU); and mT5, which has the numbers of 1.1 under another model_type.
 
     python tests/golden/make_t5.py
 
@@ -19,13 +20,16 @@ SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance"
 CONFIGS = {
     "first": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
     "flan": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "ul2": {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
+    "mt5": {"model_type": "mt5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 
 
 def make(name, changes):
     told = {"model_type": "t5", **SIZES, **changes}
     torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**told)).double().eval()
+    config = transformers.AutoConfig.for_model(**told)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).double().eval()
     if not changes["tie_word_embeddings"]:  # transformers 5 ties the head of every T5 until a checkpoint has another
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with torch.no_grad():

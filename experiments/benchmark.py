@@ -1,0 +1,420 @@
+"""How fast this machine is, and how near to its limits the library comes: python -m experiments.benchmark [--against=FILE]
+
+First the limits (matrix products, reading, writing), then tasks on models of random weights, each in a process of its own, so that
+its peak of memory is its own. A line of --out is one task: seconds a step (median, least, most, of n), tokens/s, model FLOP/s and
+their share of the fastest matrix product, seconds and number of compilations, peak MiB; of sampling also bytes/s and their share of
+the rate of reading; of a whole iteration, the seconds of its parts.
+
+Model FLOPs are the least that a task needs: 2 x weights x tokens forward, 3 x that for an update, attention in full, nothing
+twice. Everything is float32, on one device, every length fixed, without remat. PERFORMANCE.md has what was tried and what came
+out.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from rich.console import Console
+from rich.table import Table
+
+from jaxalign import keys, rollout, score, shard
+from jaxalign.models import decoder
+from jaxalign.objectives import online, preference, reward, supervised
+from jaxalign.ops import advantages
+from jaxalign.sample import sample
+from jaxalign.train import optim
+from jaxalign.train.step import make_step
+from jaxalign.train.watch import COMPILED
+from jaxalign.types import Batch, Pairs, Rollout, TrainState
+
+SHAPES = {  # S: small; M: SmolLM2-135M's; tiny: shows in seconds that all runs
+    "tiny": {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp": 32, "vocab": 64, "tied": True},
+    "S": {"layers": 4, "width": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp": 1024, "vocab": 8192, "tied": False},
+    "M": {"layers": 30, "width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp": 1536, "vocab": 49152, "tied": True},
+}
+SIZES = {  # rows or pairs, tokens before the first target, tokens from there on; GRPO's rows are groups of 4 samples
+    "tiny": {"sft": (2, 0, 8), "rm": (1, 4, 4), "dpo": (1, 4, 4), "gen": (2, 4, 4), "ppo": (4, 4, 4), "grpo": (4, 4, 4)},
+    "S": {
+        "sft": (8, 0, 256),
+        "rm": (4, 128, 128),
+        "dpo": (4, 128, 128),
+        "gen": (8, 64, 64),
+        "ppo": (32, 64, 64),
+        "grpo": (32, 64, 64),
+    },
+    "M": {
+        "sft": (2, 0, 256),
+        "rm": (1, 128, 128),
+        "dpo": (1, 128, 128),
+        "gen": (4, 32, 32),
+        "ppo": (8, 64, 64),
+        "grpo": (32, 64, 64),
+    },
+}
+LIKE = {"score": "ppo", "update": "ppo"}  # parts of a PPO iteration alone: log-probabilities, and the update of policy and critic
+GROUP = 4
+STEPS = {"tiny": (1, 2), "S": (2, 9), "M": (1, 5)}  # not measured, measured
+TASKS = ("limits", "sft", "rm", "dpo", "update", "score", "gen", "ppo", "grpo")
+PRODUCTS = ((512, 576, 1536), (2048, 256, 1024), (1024, 1024, 1024), (2048, 2048, 2048))  # m x k times k x n
+BIG = 2**27  # floats to read or to write: 512 MiB, more than any cache
+
+
+# --------------------------------------------------------- what a task needs
+
+
+def size_of(task: str, shape: str):
+    return SIZES[shape][LIKE.get(task, task)]
+
+
+def forward_flops(shape: str, rows: int, tokens: int, *, head_tokens: int | None = None) -> float:
+    """2 x weights x tokens, and attention of each token to every one. Args: head_tokens: that logits are computed of; None: all."""
+    s = SHAPES[shape]
+    q, kv = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
+    body = s["layers"] * s["width"] * (2 * q + 2 * kv + 3 * s["mlp"])
+    head = s["vocab"] * s["width"] * (tokens if head_tokens is None else head_tokens)
+    return rows * (2 * body * tokens + 2 * head + s["layers"] * 4 * q * tokens**2)
+
+
+def decode_work(shape: str, rows: int, prompt: int, new: int) -> tuple[float, float]:
+    """FLOPs of prefill and decoding; bytes that decoding reads at least: weights and what is filled of the cache, once a step."""
+    s = SHAPES[shape]
+    weights = forward_flops(shape, 1, 1) / 2 - s["layers"] * 2 * s["heads"] * s["head_dim"]
+    filled = [prompt + i for i in range(1, new)]
+    flops = forward_flops(shape, rows, prompt, head_tokens=1)
+    flops += sum(rows * (2 * weights + s["layers"] * 4 * s["heads"] * s["head_dim"] * n) for n in filled)
+    read = sum(4 * (weights + rows * 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * n) for n in filled)
+    return flops, read
+
+
+def flops_of(task: str, shape: str) -> float:
+    """Of one step. A whole iteration samples, scores by the reference (PPO: and by critic and reward model), and updates."""
+    rows, prompt, new = size_of(task, shape)
+    rows *= 2 if task in ("rm", "dpo") else 1
+    lm = forward_flops(shape, rows, prompt + new)
+    scalar = forward_flops(shape, rows, prompt + new, head_tokens=0)
+    drawn = decode_work(shape, rows, prompt, new)[0]
+    return {
+        "sft": 3 * lm,
+        "rm": 3 * scalar,
+        "dpo": 4 * lm,  # with the reference's
+        "update": 3 * (lm + scalar),
+        "score": lm,
+        "gen": drawn,
+        "ppo": drawn + 4 * lm + 5 * scalar,
+        "grpo": drawn + 4 * lm,
+    }[task]
+
+
+def tokens_of(task: str, shape: str) -> int:
+    """Tokens that a step learns from or scores, of `gen` those that it draws."""
+    rows, prompt, new = size_of(task, shape)
+    return rows * {"gen": new, "rm": 2 * (prompt + new), "dpo": 2 * (prompt + new)}.get(task, prompt + new)
+
+
+# --------------------------------------------------------- the tasks
+
+
+class Bench:
+    """Each method that a task names makes what it needs, and returns () -> arrays to wait for: one step.
+
+    spans: seconds of the parts of the last whole iteration.
+    """
+
+    def __init__(self, shape: str, size):
+        self.mesh = shard.make_mesh(devices=jax.devices()[:1])
+        self.vocab, self.draws = SHAPES[shape]["vocab"], np.random.default_rng(0)
+        self.config = partial(decoder.DecoderConfig, **SHAPES[shape], context=512)
+        self.rows, self.prompt, self.new = size
+        self.plain, self.scalar = decoder.build(self.config()), decoder.build(self.config(scalar=0.02))
+        self.spans, self.drawn = {}, 0
+
+    def params(self, model, seed: int = 0):
+        return shard.create(model.init, self.mesh, jax.random.key(seed))[0]
+
+    def compiled(self, function):
+        return shard.on_mesh(jax.jit(function), self.mesh)
+
+    def batch(self):
+        length = self.prompt + self.new
+        tokens = self.draws.integers(3, self.vocab, (self.rows, length)).astype(np.int32)
+        weights = np.broadcast_to(np.arange(length) >= self.prompt, tokens.shape).astype(np.float32)
+        return shard.place(Batch(tokens, np.ones_like(tokens), weights), self.mesh)
+
+    def updates(self, objective, model):
+        """-> (data) -> metrics of one update more."""
+        tx = optim.adam(learning_rate=1e-5, steps=10**6, decay="constant", clip_norm=0.0)
+
+        def make(key):
+            params = model.init(key)
+            return TrainState(jnp.int32(0), params, tx.init(params))
+
+        state, where = shard.create(make, self.mesh, jax.random.key(0))
+        self.state, step = state, shard.compile_step(make_step(partial(objective, model=model), tx), self.mesh, where)
+
+        def update(data):
+            self.state, metrics = step(self.state, data)
+            return self.state, metrics
+
+        return update
+
+    def sft(self):
+        return partial(self.updates(supervised.sft, self.plain), self.batch())
+
+    def pairs(self):
+        return Pairs(self.batch(), self.batch(), *shard.place([np.zeros(self.rows, np.float32)] * 3, self.mesh))
+
+    def rm(self):
+        return partial(self.updates(reward.pairwise, self.scalar), self.pairs())
+
+    def dpo(self):
+        """The reference's log-probabilities, and the update."""
+        params, pairs = self.params(self.plain), self.pairs()
+        refer = self.compiled(partial(preference.with_reference, model=self.plain))
+        update = self.updates(preference.dpo, self.plain)
+        return lambda: update(refer(params, pairs))
+
+    def update(self):
+        """Of a policy and a critic of the same shape, in one backward pass."""
+        batch = self.batch()
+        floats = [shard.place(self.draws.normal(size=batch.tokens.shape).astype(np.float32), self.mesh) for _ in range(6)]
+        update = self.updates(online.ppo, rollout.with_critic(self.plain, self.scalar))
+        return partial(update, Rollout(batch, *floats, score=shard.place(np.zeros(self.rows, np.float32), self.mesh)))
+
+    def score(self):
+        params, batch = self.params(self.plain), self.batch()
+        say = self.compiled(lambda params, batch: score.evaluate(self.plain, params, batch)[0].logp)
+        return lambda: say(params, batch)
+
+    def sampler(self, model, group: int = 1):
+        """-> (params) -> (Batch, logp, drawn_logp), other draws each time, of the same prompts, `group` of each."""
+        draw = self.compiled(partial(sample, model, length=self.new, eos=-1))
+        asked = self.draws.integers(3, self.vocab, (self.rows // group, self.prompt)).astype(np.int32).repeat(group, 0)
+        prompts = shard.place(Batch(asked, np.ones_like(asked), np.zeros(asked.shape, np.float32)), self.mesh)
+
+        def run(params):
+            self.drawn += 1
+            return draw(params, keys.of_rows(keys.key(0, "sample", self.drawn), np.arange(self.rows)), prompts)
+
+        return run
+
+    def gen(self):
+        params, draw = self.params(self.plain), self.sampler(self.plain)
+        return lambda: draw(params)
+
+    def timed(self, name, out):
+        """`out`, there: and how long it took since the last part."""
+        jax.block_until_ready(out)
+        now = time.perf_counter()
+        self.spans[name], self.since = now - self.since, now
+        return out
+
+    def ppo(self):
+        """Sampling, whose log-probabilities are the old ones; reference, values and rewards; one update of policy and critic."""
+        model = rollout.with_critic(self.plain, self.scalar)
+        update, draw = self.updates(online.ppo, model), self.sampler(model)
+        reference, judge = self.params(self.plain), self.params(self.scalar, 1)
+
+        @self.compiled
+        def assess(critic, reference, judge, batch, logp):
+            ref_logp = score.evaluate(self.plain, reference, batch)[0].logp
+            value = score.evaluate(self.scalar, critic, batch)[1]
+            scores = score.last_scalar(self.scalar, judge, batch)
+            return rollout.assemble(batch, logp, ref_logp, value, scores, 0.05)
+
+        def iteration():
+            self.since = time.perf_counter()
+            batch, logp, _ = self.timed("sample", draw(self.state.params))
+            rolled = self.timed("score", assess(self.state.params["critic"], reference, judge, batch, logp))
+            return self.timed("update", update(rolled))
+
+        return iteration
+
+    def grpo(self):
+        """Groups of 4, rewards by a function of Python, a KL to the reference of weight 0.04 in the loss."""
+        update = self.updates(partial(online.grpo, kl_weight=0.04), self.plain)
+        draw, reference = self.sampler(self.plain, GROUP), self.params(self.plain)
+
+        @self.compiled
+        def refer(reference, batch):
+            return score.evaluate(self.plain, reference, batch)[0].logp
+
+        @self.compiled
+        def assemble(batch, logp, ref_logp, scores):
+            value = jnp.zeros_like(logp)
+            return rollout.assemble_groups(batch, logp, ref_logp, value, scores, 0.0, group=GROUP, estimator=advantages.grpo)
+
+        def iteration():
+            self.since = time.perf_counter()
+            batch, logp, _ = self.timed("sample", draw(self.state.params))
+            ref_logp = self.timed("score", refer(reference, batch))
+            scores = np.array([len(set(row.tolist())) for row in shard.fetch(batch.tokens)], np.float32)
+            rolled = self.timed("reward", assemble(batch, logp, ref_logp, shard.place(scores, self.mesh)))
+            return self.timed("update", update(rolled))
+
+        return iteration
+
+
+# --------------------------------------------------------- measuring
+
+
+def laps(run, before: int, count: int) -> list[float]:
+    """Seconds of each of `count` calls, the arrays of each waited for."""
+    seconds = []
+    for _ in range(before + count):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return seconds[before:]
+
+
+def measure(task: str, shape: str) -> dict:
+    """One line of the results: see above."""
+    compiled = []
+
+    def count(name, seconds, **_):
+        if name == COMPILED:
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    bench, (before, steps) = Bench(shape, size_of(task, shape)), STEPS[shape]
+    run, spans = getattr(bench, task)(), []
+
+    def one():
+        out = run()
+        spans.append(dict(bench.spans))
+        return out
+
+    made = len(compiled)
+    first = laps(one, 0, 1)[0]
+    seconds = laps(one, before, steps)
+    median = statistics.median(seconds)
+    line = {
+        **{"peer": "jaxalign", "task": task, "shape": shape, "median_s": median, "min_s": min(seconds), "max_s": max(seconds)},
+        **{"n": steps, "tokens": tokens_of(task, shape), "tokens_per_s": tokens_of(task, shape) / median},
+        **{"gflops": flops_of(task, shape) / median / 1e9, "first_s": first, "compile_s": sum(compiled[made:])},
+        **{"compiles": len(compiled) - made, "peak_rss_mib": peak_mib(), "wall": seconds, "jax": jax.__version__},
+    }
+    if task == "gen":
+        line["decode_gb_s"] = decode_work(shape, *size_of(task, shape))[1] / median / 1e9
+    if spans[-1]:
+        line["spans"] = {name: statistics.median(span[name] for span in spans[-steps:]) for name in spans[-1]}
+    return line
+
+
+def peak_mib() -> float:
+    """The most memory that was in use: of the device where it counts, else of this process."""
+    found = jax.devices()[0].memory_stats() or {}
+    return found.get("peak_bytes_in_use", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
+
+
+def limits(products=PRODUCTS, floats: int = BIG) -> dict:
+    """GFLOP/s of the fastest of some matrix products, and GB/s of reading and of writing in place, the best of 7 each."""
+
+    def best(run):
+        return min(laps(run, 2, 7))
+
+    rates = {}
+    for m, k, n in products:
+        x, y = (jax.random.normal(jax.random.key(0), size) for size in ((m, k), (k, n)))
+        rates[f"{m}x{k}x{n}"] = 2 * m * k * n / best(partial(jax.jit(jnp.matmul), x, y)) / 1e9
+    big = [jnp.ones(floats)]
+    read = 4 * floats / best(partial(jax.jit(jnp.sum), big[0])) / 1e9
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def in_place():
+        big.append(add(big.pop()))
+        return big
+
+    written = 8 * floats / best(in_place) / 1e9
+    device = jax.devices()[0].device_kind
+    return {"task": "limits", "gflops": max(rates.values()), "read_gb_s": read, "in_place_gb_s": written, "products": rates} | {
+        "device": device,
+        "jax": jax.__version__,
+    }
+
+
+# --------------------------------------------------------- showing
+
+
+def table(lines: list[dict], peers: list[dict] = ()) -> Table:
+    """Results beside the limits, and how many times as fast and as large as each peer they are."""
+    bound = next((line for line in lines if line["task"] == "limits"), None)
+    names = sorted({peer["peer"] for peer in peers if "median_s" in peer})
+    shown = Table(
+        "task", "s a step (least to most)", "tokens/s", "GFLOP/s", "of limit", "compile s", "peak MiB", "parts, s", *names
+    )
+    if bound:
+        rates = "{gflops:.0f} GFLOP/s, reads {read_gb_s:.1f} GB/s, writes in place at {in_place_gb_s:.1f}".format(**bound)
+        shown.title = f"{bound['device']}: {rates}"
+    for line in lines:
+        if line["task"] == "limits":
+            continue
+        share = ""
+        if bound:
+            share = f"{line['gflops'] / bound['gflops']:.0%}"
+            if "decode_gb_s" in line:
+                share += f", reading {line['decode_gb_s'] / bound['read_gb_s']:.0%}"
+        beside = {}
+        for peer in peers:
+            if "median_s" in peer and (peer["task"], peer["shape"]) == (line["task"], line["shape"]):
+                faster, larger = peer["median_s"] / line["median_s"], line["peak_rss_mib"] / peer["peak_rss_mib"]
+                beside[peer["peer"]] = f"{faster:.2f} x speed, {larger:.2f} x memory"
+        shown.add_row(
+            f"{line['task']} {line['shape']}",
+            f"{line['median_s']:.3g} ({line['min_s']:.3g} to {line['max_s']:.3g})",
+            f"{line['tokens_per_s']:.0f}",
+            f"{line['gflops']:.1f}",
+            share,
+            f"{line['compile_s']:.1f} ({line['compiles']})",
+            f"{line['peak_rss_mib']:.0f}",
+            ", ".join(f"{name} {seconds:.3g}" for name, seconds in line.get("spans", {}).items()),
+            *(beside.get(name, "") for name in names),
+        )
+    return shown
+
+
+def read(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    given = flags.FLAGS
+    if given.one:  # one task, in this process
+        jax.config.update("jax_enable_compilation_cache", False)
+        print(json.dumps(limits() if given.one == ["limits"] else measure(*given.one)))
+        return
+    for asked, known in ((given.tasks, TASKS), (given.shapes, SHAPES)):
+        if unknown := set(asked) - set(known):
+            sys.exit(f"{', '.join(sorted(unknown))}: there are {', '.join(known)}")
+    peers, lines = read(given.against) if given.against else [], []
+    Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(given.out, "w") as out:
+        for one in [[task] if task == "limits" else [task, shape] for shape in given.shapes for task in given.tasks]:
+            if one == ["limits"] and lines:
+                continue
+            print(" ".join(one), file=sys.stderr, flush=True)
+            command = [sys.executable, "-m", "experiments.benchmark", f"--one={','.join(one)}"]
+            found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            out.write(found)
+            out.flush()
+            lines.append(json.loads(found))
+    Console(width=None if sys.stdout.isatty() else 200).print(table(lines, peers))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("shapes", ["S", "M"], f"Of {', '.join(SHAPES)}.")
+    flags.DEFINE_list("tasks", list(TASKS), "Of these.")
+    flags.DEFINE_string("out", "runs/benchmark.jsonl", "Where the results go, a line each.")
+    flags.DEFINE_string("against", "", "Results of others on the same machine, lines of the same names, to be compared.")
+    flags.DEFINE_list("one", [], "What the program calls itself with: a task and a shape, to measure in this process.")
+    app.run(main)
