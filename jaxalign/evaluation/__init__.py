@@ -1,0 +1,1 @@
+"""How good an answer is, by the rules that others published, so that figures compare."""
