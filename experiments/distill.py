@@ -60,7 +60,7 @@ def gaps(both, batch, *, student, teacher, k: int):
 def run(config, workdir: Path, stages: launch.Stages | None = None, objective=None):
     """Train the student. summary.json: means of `gaps` over the targets of held-out text, before and after.
 
-    Args: objective: one's own, (params, data: Taught, *, model, **config.objective) -> (sum, sums).
+    Args: objective: one's own, (params, data: Taught, *, model, ...) -> (sum, sums).
     """
     objective, _ = named.resolve(distill, config.objective, objective)
     mesh = shard.make_mesh(**config.mesh)

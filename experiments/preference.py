@@ -116,7 +116,7 @@ def learn_from(kind, config, loaded, mesh, train, logp):
 def run(config, workdir: Path, stages: launch.Stages | None = None, objective=None):
     """Train on comparisons. What summary.json says is in `summary_of`.
 
-    Args: objective: one's own, (params, data: Pairs or Labelled, *, model, **config.objective) -> (sum, sums).
+    Args: objective: one's own, (params, data: Pairs or Labelled, *, model, ...) -> (sum, sums).
     """
     objective, kind = named.resolve(preference, config.objective, objective)
     if config.sample.temperature <= 0:

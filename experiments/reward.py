@@ -231,7 +231,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=No
     summary.json: what experiments/agreement.py says, under reward_model/; of an ensemble also ensemble/mean_accuracy and
     ensemble/worst_accuracy, of rewards.mean_score and worst_score, and ensemble/disagreement, the std of the members' scores of one
     response, on average.
-    Args: objective: one's own, (params, data, *, model, **config.objective) -> (sum, sums), whose data is of a type in READ.
+    Args: objective: one's own, (params, data, *, model, ...) -> (sum, sums), whose data is of a type in READ.
     """
     stages = stages or launch.Stages(workdir, config.stages, {"sft": sft.run, "compare": compare.run})
     others = []

@@ -107,7 +107,7 @@ def test_samples_of_a_prompt_stand_together_and_differ(stages, tmp_path, monkeyp
     asked, answered = [], []
     respond = ppo.respond
 
-    def watched(job, params, documents, numbers, role, step):
+    def watched(job, params, documents, numbers, role, step, group=1):
         batch, scores = respond(job, params, documents, numbers, role, step)
         if role == "sample":
             asked.append(np.asarray(numbers).reshape(-1, 4))
