@@ -2,7 +2,7 @@
 
 python -m experiments.cispo --config=configs/cispo.py
 
-Results after 48 of the 240 iterations, seed 0: gold -0.09 to 2.12 at a KL of 5.6 nats.
+Results, seed 0: gold -0.05 to 1.51 after 80 iterations and 1.13 after 240, at a KL of 24.8 nats: see configs/grpo.py.
 """
 
 from configs import grpo

@@ -2,7 +2,7 @@
 
 python -m experiments.gspo --config=configs/gspo.py
 
-Results after 12 of the 60 iterations, seed 0: gold -0.09 to 0.90 at a KL of 0.95 nats, for the paper's clips are narrow.
+Results, seed 0: gold -0.05 to 2.16 after 20 iterations, 2.33 after 40 and 1.97 after 60, at a KL of 13.9 nats (no price of it).
 """
 
 from configs import grpo

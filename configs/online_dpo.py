@@ -2,7 +2,7 @@
 
 python -m experiments.online_dpo --config=configs/online_dpo.py
 
-Results after 12 of the 60 iterations, seed 0: gold -0.09 to 1.43 at a KL of 7.4 nats.
+Results, seed 0: gold -0.05 to 1.89 after 20 iterations and 1.07 after 60, at a KL of 21.2 nats: beta = 0.1 does not hold it there.
 """
 
 from configs import ppo

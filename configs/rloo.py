@@ -2,7 +2,7 @@
 
 python -m experiments.rloo --config=configs/rloo.py
 
-Results after 12 of the 60 iterations, seed 0: gold -0.09 to 1.66 at a KL of 2.2 nats.
+Results, seed 0: gold -0.05 to 2.68 ± 0.05 at a KL of 6.2 nats.
 """
 
 from configs import grpo
