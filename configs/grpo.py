@@ -7,7 +7,7 @@ python -m experiments.grpo --config=configs/grpo.py:dapo          DAPO (Yu et al
 
 Results, seed 0, two minutes on 2 CPU cores: gold -0.05 to 1.81 after 20 iterations and back to 1.09 after 60, at a KL of 21.6 nats;
 dr_grpo 2.13, then 1.17; dapo 1.33, then 1.02. So little KL is meant for rewards that cannot be fooled, and does not keep them from
-fooling a learnt one; --config.kl.beta=0.1 has the controller's price of KL in the reward, as rloo has, which ends at 2.68.
+fooling a learnt one. With --config.kl.beta=0.1, the controller's price of KL in the reward, it ends at 2.59 ± 0.05 and 6.2 nats.
 """
 
 from ml_collections.config_dict import placeholder
