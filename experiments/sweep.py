@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import figures, grpo, launch, named, online_dpo, ppo, ppo_ptx, reinforce, tiny_world
-from jaxalign import keys, objectives, rollout, sample
-from jaxalign.objectives import distill, online, preference, reward, supervised  # noqa: F401 (of `objectives`)
+from jaxalign import keys, rollout, sample
+from jaxalign.objectives import distill, online, preference, reward, supervised
 from jaxalign.train import log, optim
 from jaxalign.train.step import make_step
 from jaxalign.types import TrainState
 
 BETAS = np.geomspace(0.1, 30, 40, dtype=np.float32)  # prices of KL, of the best policies to compare with
+MODULES = {"supervised": supervised, "distill": distill, "reward": reward, "preference": preference, "online": online}
 ALGORITHMS = {
     "ppo": ppo.PPO,
     "ppo_ptx": ppo_ptx.PPO_PTX,
@@ -94,11 +95,11 @@ def method_of(config, objective=None) -> Method:
 
 def _of_function(config, own) -> Method:
     module, _, name = config.method.partition(".")
-    if not name or not hasattr(objectives, module):
+    if not name or module not in MODULES:
         raise ValueError(
             f"method = {config.method!r}: it is one of {', '.join(ALGORITHMS)}, or MODULE.FUNCTION of jaxalign/objectives"
         )
-    objective, kind = named.resolve(getattr(objectives, module), dict(config.objective, name=name), own)
+    objective, kind = named.resolve(MODULES[module], dict(config.objective, name=name), own)
     name = objective.func.__name__
     make = tiny_world.BY_NAME.get(name) or tiny_world.BY_TYPE.get(kind)
     if make is None:
@@ -120,7 +121,7 @@ def collect(config, algorithm, world, params, i, *, kl_beta=None):
     run, model = config.run, tiny_world.MODEL
     prompts_key, key, order_key = jax.random.split(keys.key(world.seed, "sample", i), 3)
     many = run.batch // run.group
-    prompts = jnp.repeat(jax.random.randint(prompts_key, (many,), 0, len(tiny_world.PROMPTS) - tiny_world.HELD_OUT), run.group)
+    prompts = jax.random.randint(prompts_key, (many,), 0, len(tiny_world.PROMPTS) - tiny_world.HELD_OUT)
     before = jax.tree.map(lambda x: x[:, : -tiny_world.LENGTH], tiny_world.rows(prompts, 0))
     draw = partial(sample.sample, model, params, jax.random.split(key, run.batch), before, eos=tiny_world.EOS)
     batch, _, _ = draw(**config.sample)
@@ -226,15 +227,11 @@ def plot(path: Path, updates, found, groups):
         right.plot(kl, gold, "--", color="0.6", label="best possible")
     for label, rows in groups.items():
         gold, kl = found["gold/held_out"][rows], found["kl/held_out"][rows]
-        (line,) = left.plot(updates, gold.mean(0), label=label or None)
-        left.fill_between(updates, gold.mean(0) - gold.std(0), gold.mean(0) + gold.std(0), alpha=0.25, color=line.get_color())
+        colour = figures.band(left, updates, gold, label=label or None)
         if judge:
-            accuracy = found["judge/accuracy"][rows]
-            right.plot(updates, accuracy.mean(0), color=line.get_color())
-            spread = accuracy.mean(0) - accuracy.std(0), accuracy.mean(0) + accuracy.std(0)
-            right.fill_between(updates, *spread, alpha=0.25, color=line.get_color())
+            figures.band(right, updates, found["judge/accuracy"][rows], color=colour)
         else:
-            right.plot(kl.mean(0), gold.mean(0), ".-", color=line.get_color())
+            right.plot(kl.mean(0), gold.mean(0), ".-", color=colour)
     left.set(xlabel="updates", ylabel="gold, held out")
     right.set(**({"xlabel": "updates", "ylabel": "accuracy"} if judge else {"xlabel": "KL, nats a response", "ylabel": "gold"}))
     if len(groups) > 1:

@@ -151,8 +151,11 @@ def taught(world: World, params, numbers) -> distill.Taught:
 def classified(world: World, params, numbers) -> supervised.Classified:
     """Whether an annotator finds a response better than the reference's usual ones."""
     found = examples(world, numbers, 1)
-    label = found.opinions[:, 0, 0] > world.temperature * np.euler_gamma  # the mean of the noise
-    return supervised.Classified((rows(found.prompts, found.responses[:, 0]),), label.astype(jnp.int32))
+    return supervised.Classified((rows(found.prompts, found.responses[:, 0]),), _liked(world, found).astype(jnp.int32))
+
+
+def _liked(world: World, found: Examples):
+    return found.opinions[:, 0, 0] > world.temperature * np.euler_gamma  # the mean of the noise
 
 
 def choices(world: World, params, numbers) -> supervised.Classified:
@@ -193,12 +196,11 @@ def rated(world: World, params, numbers) -> reward.Rated:
 
 def labelled(world: World, params, numbers) -> preference.Labelled:
     """Which responses somebody found good, and KTO's z0 by the policy as it is now."""
-    found = classified(world, params, numbers)
-    (batch,) = found.texts
-    number = examples(world, numbers, 1)
+    found = examples(world, numbers, 1)
+    batch = rows(found.prompts, found.responses[:, 0])
     z0 = preference.kto_baseline(params, world.ref, preference.mismatch(batch, length=batch.tokens.shape[1]), model=MODEL)
-    ref_logp = world.ref_logp[number.prompts, number.responses[:, 0]]
-    return preference.Labelled(batch, found.label > 0, ref_logp, jnp.broadcast_to(z0, ref_logp.shape))
+    ref_logp = world.ref_logp[found.prompts, found.responses[:, 0]]
+    return preference.Labelled(batch, _liked(world, found), ref_logp, jnp.broadcast_to(z0, ref_logp.shape))
 
 
 BY_TYPE = {

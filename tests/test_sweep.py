@@ -15,7 +15,7 @@ from configs import sweep as sweep_config
 from experiments import hypergradient, sweep, tiny_world
 from experiments.settings import check
 from jaxalign import score
-from jaxalign.objectives import distill, online, preference, reward, supervised  # noqa: F401
+from jaxalign.objectives import distill, online, preference, reward, supervised
 from jaxalign.ops.masked import masked_sum
 from jaxalign.types import Batch
 
