@@ -1,5 +1,14 @@
 """Settings. Each file's get_config(variant) gives all of an experiment's; a key that is not here is a mistake."""
 
+MESH = {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}  # devices of each axis (jaxalign/shard.py); -1: those that are left
+
+MODEL = {  # of a model that is there, or that will be; a config says its source beside
+    "tokenizer": "",  # a folder or hub id; "": the source's own
+    "dtype": "float32",  # of activations and of weights as they are used; bfloat16, float16
+    "remat": "none",  # what a layer's backward pass computes again: full, dots
+    "attention": "xla",  # blocks (long or packed rows), cudnn (GPUs), splash (TPUs), ring (mesh.sequence > 1): the same numbers
+}
+
 LOOP = {
     "log_every": 10,  # updates
     "save_every": 100,

@@ -5,14 +5,14 @@ python -m experiments.compare --config=configs/compare.py
 
 from ml_collections import ConfigDict
 
-from configs import follow, sft
+from configs import MESH, MODEL, follow, sft
 
 
 def get_config(variant: str = "reviews") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
-    config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}
+    config.mesh = MESH
+    config.model = {"source": "stage:sft", **MODEL}
     # length: tokens of a prompt; plain prompts are cut to their first ones; chat: as a user's turn
     config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "chat": False, "length": 16}
     config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "slots": 0}  # slots: rows at a time; 0: all

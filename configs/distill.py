@@ -9,7 +9,7 @@ itself, goes from a KL(teacher || student) of 0.0684 nats a token to 0.0030 by f
 after. A run took 284 s (its student's own stage among them) and 152 s, beside much other work.
 """
 
-from configs import follow, sft
+from configs import MODEL, follow, sft
 
 OBJECTIVES = {  # the functions of jaxalign/objectives/distill.py, and all of their arguments
     "forward_kl": {"temperature": 1.0, "nll_weight": 0.0},
@@ -22,10 +22,10 @@ def get_config(variant: str = "forward_kl"):
     size = "tiny" if variant == "tiny" else "reviews"
     teacher, student = sft.get_config(size), sft.get_config(size)
     config = teacher.copy_and_resolve_references()
-    del config.scratch
+    del config.scratch, config.evaluate.tasks, config.evaluate.count
     config.model.source = "stage:student"  # the student, as it begins
     # k: how many of its likeliest tokens the teacher gives at each place, the rest as one; 0: all
-    config.teacher_model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none", "k": 0}
+    config.teacher_model = {"source": "stage:sft", **MODEL, "k": 0}
     config.sample = {"length": 40, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "slots": 0}  # the student's, to its prompts
     # name: a function of jaxalign/objectives/distill.py; the rest: all of its arguments. The variant of a name has them.
     config.objective = {"name": "forward_kl", **OBJECTIVES["forward_kl"]}

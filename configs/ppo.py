@@ -13,19 +13,20 @@ smollm2   seed 0, 12 min: gold 0.36 to 1.86 ± 0.29 at a KL of 3.1 nats (target 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import ADAPTER, GUARD, LOOP, _pods, follow, reward
+from configs import ADAPTER, GUARD, LOOP, MESH, MODEL, _pods, follow, reward
 
 
 def get_config(variant: str = "reviews") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
-    config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}  # policy and reference
+    config.mesh = MESH
+    config.model = {"source": "stage:sft", **MODEL}  # policy and reference
     # doubt: of an ensemble (stages.reward.run.members), what the variance of its scores costs; inf: its worst score counts
-    config.reward_model = {"source": "stage:reward", "tokenizer": "", "dtype": "float32", "remat": "none", "doubt": 0.0}
+    config.reward_model = {"source": "stage:reward", **MODEL, "doubt": 0.0}
     # name: who answers and rewards the policy in the place of a reward model: a function of jaxalign/feedback/environments.py, or
     # what one's own is called; "" for none. The first state is the prompt's row. turns: at most; length: tokens before the last one
-    config.environment = {"name": "", "turns": 1, "length": 16}
+    # passages: of the environment "search", the file that it looks into, with "title" and "text"
+    config.environment = {"name": "", "turns": 1, "length": 16, "passages": ""}
     config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "chat": False, "length": 16}
     config.sample = {"length": 24, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "slots": 0}  # slots: rows at a time; 0: all
     config.unended = {"replace": placeholder(float), "penalty": 0.0}  # the score of a response that has no EOS
@@ -54,13 +55,15 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     }
     # stop_kl: nats a token from the policy that sampled (approx_kl), above which the rest of a rollout's updates is not applied;
     # most_abstained: share of responses whose reward may fail. group: responses to a prompt, of the batch's. reuse: iterations that
-    # responses serve, with importance weights of at most importance_cap. critic: "shared", a head on the policy's trunk, or "own",
-    # which starts as the reward model
+    # responses serve, with importance weights of at most importance_cap. rescore: the policy reads its responses once more, so that
+    # the first ratio is 1 and the first KL 0, exactly; False takes what the sampler said, which saves that and is equal to rounding.
+    # critic: "shared", a head on the policy's trunk, or "own", which starts as the reward model
     config.run = {
         "iterations": 60,
         "batch": 128,
         "group": 1,
         "reuse": 1,
+        "rescore": True,
         "importance_cap": 2.0,
         "critic": "shared",
         "epochs": 4,

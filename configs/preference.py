@@ -12,7 +12,7 @@ kto 1.52 ± 0.07 at 8.0, simpo 1.53 ± 0.06 at 8.6, whose answers shrink from 18
 
 from ml_collections import ConfigDict
 
-from configs import ADAPTER, GUARD, LOOP, compare, made_before
+from configs import ADAPTER, GUARD, LOOP, MESH, MODEL, compare, made_before
 
 OBJECTIVES = {  # the functions of jaxalign/objectives/preference.py, and all of their arguments
     "dpo": {"beta": 0.1, "nll_weight": 0.0},
@@ -34,8 +34,8 @@ OBJECTIVES = {  # the functions of jaxalign/objectives/preference.py, and all of
 def get_config(variant: str = "reviews") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
-    config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}  # policy and reference
+    config.mesh = MESH
+    config.model = {"source": "stage:sft", **MODEL}  # policy and reference
     config.data = {
         "source": "stage:compare",  # rows of a prompt, a chosen and a rejected response
         "count": 0,

@@ -12,7 +12,7 @@ where the outcome alone was learned (data.labels={outcome}): 0.68 ± 0.07. EXPER
 
 from ml_collections import ConfigDict
 
-from configs import ADAPTER, GUARD, LOOP, compare, made_before
+from configs import ADAPTER, GUARD, LOOP, MESH, MODEL, compare, made_before
 
 OBJECTIVES = {  # the functions of jaxalign/objectives/reward.py, and all of their arguments
     "pairwise": {"centring": 0.0},  # these three learn from pairs
@@ -30,8 +30,8 @@ OBJECTIVES = {  # the functions of jaxalign/objectives/reward.py, and all of the
 def get_config(variant: str = "reviews") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
-    config.model = {"source": "stage:sft", "tokenizer": "", "dtype": "float32", "remat": "none"}
+    config.mesh = MESH
+    config.model = {"source": "stage:sft", **MODEL}
     config.data = {
         "source": "stage:compare",  # rows of a prompt, a chosen and a rejected response
         "count": 0,

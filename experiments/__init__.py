@@ -1,5 +1,12 @@
 """Programs: python -m experiments.NAME --config=configs/NAME.py:VARIANT --workdir=runs/NAME"""
 
 import os
+import sys
+
+if sys.platform == "linux" and sys.argv[0] == "-m" and "GLIBC_TUNABLES" not in os.environ:
+    # XLA's CPU backend takes memory anew for every step, and in large pages it is there sooner (PERFORMANCE.md). The C library reads
+    # this where a process begins, so the command begins once more, before it has imported anything.
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, sys.orig_argv)
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say at every start that there is no PyTorch

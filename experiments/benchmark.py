@@ -197,7 +197,7 @@ class Bench:
     def sampler(self, model, group: int = 1):
         """-> (params) -> (Batch, logp, drawn_logp), other draws each time, of the same prompts, `group` of each."""
         draw = self.compiled(partial(sample, model, length=self.new, eos=-1))
-        asked = self.draws.integers(3, self.vocab, (self.rows // group, self.prompt)).astype(np.int32).repeat(group, 0)
+        asked = self.draws.integers(3, self.vocab, (self.rows // group, self.prompt)).astype(np.int32)
         prompts = shard.place(Batch(asked, np.ones_like(asked), np.zeros(asked.shape, np.float32)), self.mesh)
 
         def run(params):
@@ -239,13 +239,14 @@ class Bench:
         return iteration
 
     def grpo(self):
-        """Groups of 4, rewards by a function of Python, a KL to the reference of weight 0.04 in the loss."""
-        update = self.updates(partial(online.grpo, kl_weight=0.04), self.plain)
+        """Groups of 4, rewards by a function of Python, a KL to the reference of weight 0.04 in the loss. A prompt is read once."""
+        model = self.plain.sharing(GROUP, self.prompt)
+        update = self.updates(partial(online.grpo, kl_weight=0.04), model)
         draw, reference = self.sampler(self.plain, GROUP), self.params(self.plain)
 
         @self.compiled
         def refer(reference, batch):
-            return score.evaluate(self.plain, reference, batch)[0].logp
+            return score.evaluate(model, reference, batch)[0].logp
 
         @self.compiled
         def assemble(batch, logp, ref_logp, scores):

@@ -57,6 +57,11 @@ class Loaded(NamedTuple):
         return adapters.neutral(self.params) if self.goes_on else self.params
 
 
+def form_of(settings) -> dict:
+    """What a config's model section says of how a model computes, beside what it computes."""
+    return {"dtype": settings.dtype, "remat": settings.remat, "attention": settings.attention}
+
+
 def load(
     source: str,
     settings,
@@ -80,7 +85,7 @@ def load(
         adapter: the config's section of a model that is to be trained: the fields of models.parts.Adapter; kind "none": train all.
         tokens: special tokens for a model that is there to have; those that it lacks are drawn.
     """
-    key, form = keys.key(seed, "init"), {"dtype": settings.dtype, "remat": settings.remat}
+    key, form = keys.key(seed, "init"), form_of(settings)
     if source == "scratch":
         named = settings.tokenizer or scratch.tokenizer
         tokenizer = TOKENIZERS[named]() if named in TOKENIZERS else checkpoints.tokenizer(named)
@@ -289,7 +294,7 @@ def rows_of(documents, numbers, length: int, mesh, vocab: int):
 
 
 def sampler(model: Model, mesh, eos: int, settings):
-    """The compiled sampler: (params, keys, prompts, group=1) -> Batch. ValueError without an EOS: nothing would ever end.
+    """The compiled sampler: (params, keys, prompts, group=1) -> (Batch, logp). ValueError without an EOS: nothing would ever end.
 
     group: of so many rows, one behind the other, the prompt is the same, and read once.
     """
@@ -297,7 +302,7 @@ def sampler(model: Model, mesh, eos: int, settings):
         raise ValueError("this tokenizer has no EOS token, so no response would ever end: set its eos_token")
 
     def draw(params, row_keys, prompts, group=1):
-        return sample(model, params, row_keys, jax.tree.map(lambda x: x[::group], prompts), eos=eos, **settings)[0]
+        return sample(model, params, row_keys, jax.tree.map(lambda x: x[::group], prompts), eos=eos, **settings)[:2]
 
     return shard.on_mesh(jax.jit(draw, static_argnums=3), mesh)
 

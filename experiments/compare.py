@@ -33,7 +33,8 @@ def run(config, workdir: Path, stages: launch.Stages | None = None):
     rows, equal, unscored = [], 0, 0
     for numbers, count in common.parts(list(shuffled), config.run.batch):
         batch = common.rows_of(prompts, numbers, config.prompts.length, mesh, loaded.model.config.vocab)
-        pair = [draw(loaded.params, keys.of_rows(keys.key(config.seed, "compare", which), numbers), batch) for which in (0, 1)]
+        drawn = [draw(loaded.params, keys.of_rows(keys.key(config.seed, "compare", which), numbers), batch) for which in (0, 1)]
+        pair = [side for side, _ in drawn]
         said = [common.texts(loaded.tokenizer, side) for side in pair]
         scores = [gold([response for _, response in side]) for side in said]
         tokens = [common.ids(side) for side in pair]

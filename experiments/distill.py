@@ -41,7 +41,7 @@ def learn_from(config, student, teacher, mesh, train):
         return (shard.place(tables.check(tables.pad([train[n] for n in numbers], **lengths), vocab), mesh),)
 
     def taught(params, teacher_params, data):
-        return teach(teacher_params, data[0] if len(data) == 1 else draw(params, *data))
+        return teach(teacher_params, data[0] if len(data) == 1 else draw(params, *data)[0])
 
     return data_at, taught
 

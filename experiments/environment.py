@@ -13,10 +13,11 @@ import numpy as np
 
 from experiments import common
 from jaxalign import shard
-from jaxalign.data import tables, text
+from jaxalign.data import sources, tables, text
 from jaxalign.feedback import environments
+from jaxalign.prompts import retrieval
 
-BUILT_IN = {f.__name__: f for f in (environments.guess, environments.last_number)}
+BUILT_IN = {f.__name__: f for f in (environments.guess, environments.last_number, environments.exact)}
 
 
 class Start(NamedTuple):
@@ -38,9 +39,11 @@ def openings(config, policy, mesh, own=None):
     its score, NaN where the environment failed.
     """
     name = config.environment.name
-    answers = own or BUILT_IN.get(name)
+    answers = own or (search_in(config.environment.passages) if name == "search" else BUILT_IN.get(name))
     if name and answers is None:
-        raise ValueError(f"environment.name = {name!r}: there are {', '.join(BUILT_IN)}; one's own is given by an Algorithm")
+        raise ValueError(
+            f"environment.name = {name!r}: there are {', '.join(BUILT_IN)}, search; one's own is given by an Algorithm"
+        )
     settings = {**config.prompts, "seed": config.seed, "start": common.start_of(policy.model)}
     if not name:
         columns, source = common.prompt_columns(policy.model, config.prompts.length)
@@ -55,7 +58,7 @@ def openings(config, policy, mesh, own=None):
     def play(draw, params, row_keys, starts):
         def respond(documents, turn):
             rows = common.rows_of(documents, range(len(documents)), length, mesh, vocab)
-            batch = shard.fetch(draw(params, jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn), rows))
+            batch = shard.fetch(draw(params, jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn), rows)[0])
             return [tokens[wrote].tolist() for tokens, wrote in zip(batch.tokens, batch.weights > 0, strict=True)]
 
         prompts, states = zip(*starts, strict=True)
@@ -66,6 +69,16 @@ def openings(config, policy, mesh, own=None):
 
     found = [Start(*both) for both in common.openings_and_rows(policy.tokenizer, **settings)]
     return found, (width, 0), play
+
+
+def search_in(source: str):
+    """environments.search in the passages of a file, by BM25. ValueError where it has no "title" or "text"."""
+    if not source:
+        raise ValueError("environment.passages names the file that environment.name = search looks into")
+    passages = sources.read(source)
+    sources.require(passages, ("title", "text"), source)
+    scores = retrieval.bm25([f"{passage['title']} {passage['text']}" for passage in passages])
+    return environments.search(passages, scores)
 
 
 def observed(tokenizer, observation: str, *, chat: bool) -> list[int]:

@@ -27,6 +27,7 @@ ONLINE_DPO = ppo.Algorithm(
     objective,
     assemble=lambda config: partial(rollout.assemble_groups, group=config.run.group, estimator=advantages.dr_grpo),
     data=lambda config, model: lambda rolled: rollout.best_and_worst(rolled, config.run.group),
+    together=lambda config: 2,
 )
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from experiments import common, compiled, ensemble, grpo, launch, ppo, reinforce, sft
@@ -110,7 +109,7 @@ def architecture(source: str, settings, stages, scratch=None):
 
     Args: settings: a config's model section; scratch: the section beside it.
     """
-    form = {"dtype": settings.dtype, "remat": settings.remat}
+    form = common.form_of(settings)
     if source.startswith("stage:"):
         stage = stages[source.removeprefix("stage:")]
         return architecture(stage.model.source, settings, stages, stage.get("scratch"))
@@ -136,8 +135,8 @@ def shaped(tree, where):
 
 
 def rows(tree, mesh):
-    """Shapes whose first axis is split as shard.place does it."""
-    return shaped(tree, jax.tree.map(lambda _: NamedSharding(mesh, P(shard.ROWS)), tree))
+    """Shapes that are split as shard.place does it."""
+    return shaped(tree, jax.tree.map(lambda x: NamedSharding(mesh, shard.split_of(x.shape, mesh)), tree))
 
 
 def bytes_of(tree) -> dict[int, int]:
@@ -146,7 +145,7 @@ def bytes_of(tree) -> dict[int, int]:
     def one(x):
         return math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
 
-    return {id(x): one(x) for x in jax.tree.leaves(tree)}
+    return {id(x): one(x) for x in jax.tree.leaves(tree) if hasattr(x, "sharding")}  # others are static
 
 
 def compiler(found: dict, held: list):
@@ -231,12 +230,14 @@ def online_run(config, mesh, algorithm, compile_one, held):
     columns, source = common.prompt_columns(model, config.prompts.length)
     prompts = rows(jax.eval_shape(lambda: rollout.blank(run.batch, columns, source).batch), mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), run.batch))
-    batch = compile_one("sample", job.draw, state.model_params, keys, prompts)
+    batch, _ = compile_one("sample", job.draw, state.model_params, keys, prompts)
     if job.greedy:
         compile_one("greedy", job.greedy, state.model_params, keys, prompts)
     scores = compile_one("reward", job.judged, judges, batch)
     compile_one("ended", job.ended, batch)
-    logp, entropy, value = compile_one("score", job.said, state.model_params, batch)
+    logp, entropy, value = compile_one("score", job.said, state.model_params, batch, config.run.group)
+    if not run.rescore:
+        value, entropy = compile_one("value", job.valued, state.model_params, batch, run.group), None
     rolled = compile_one("assemble", job.assemble, batch, logp, logp, value, scores, state.loop["beta"])
     if run.reuse > 1:
         rolled, _ = compile_one("correct", job.corrected, rolled, logp)

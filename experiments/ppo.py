@@ -24,6 +24,12 @@ from jaxalign.train import log, loop, optim
 from jaxalign.train.step import make_step
 
 
+def rows_together(config) -> int:
+    """Of the rows of a micro-batch how many, one behind the other, answer one prompt."""
+    group, accumulate = config.run.group, config.run.accumulate
+    return group // accumulate if group % accumulate == 0 else 1  # rows are dealt to micro-batches in turn
+
+
 class Algorithm(NamedTuple):
     """What tells one algorithm from another, each by the config: code is chosen here, values there."""
 
@@ -33,6 +39,7 @@ class Algorithm(NamedTuple):
     greedy: Any = lambda config: False  # whether the score of the likeliest response is its prompt's value
     data: Any = lambda config, model: lambda rollout: rollout  # (Rollout of whole groups, ...) -> what the objective learns from
     environment: Any = None  # one's own, where `environment.name` names none of the library's
+    together: Any = rows_together  # (config) -> so many rows in the objective's every batch begin with one prompt, read once
     beside: Any = lambda config, policy, mesh: None  # or (i) -> what `data` is given for update i, beside the rollout
 
 
@@ -54,11 +61,12 @@ class Job(NamedTuple):
     prompts: list  # or, in an environment, environment.Starts
     held_out: list  # that are not among those
     play: Any  # None, or (draw, params, keys, starts) -> (Batch, f32 [B]): an environment in the place of the judge
-    draw: Any  # (params, keys, prompts, group=1) -> Batch
+    draw: Any  # (params, keys, prompts, group=1) -> (Batch, logp)
     greedy: Any  # None, or the same without chance
     judged: Any  # (judge, batch) -> f32 [B]
     ended: Any  # (batch) -> f32 [B], 1 where the response has its EOS
-    said: Any  # (params, batch) -> (logp, entropy, value)
+    said: Any  # (params, batch, group=1) -> (logp, entropy, value)
+    valued: Any  # (params, batch, group=1) -> value alone
     assemble: Any  # (batch, logp, ref_logp, value, scores, beta) -> Rollout
     describe: Any  # (rollout, entropy) -> metrics
     corrected: Any  # (rollout, drawn_logp) -> both, for responses that an earlier policy drew
@@ -96,25 +104,29 @@ def collect(job: Job, state, iteration: int):
     config, run, clock = job.config, job.config.run, [time.perf_counter()]
     fresh, times_used = divmod(iteration, run.reuse)
     numbers = np.repeat(tables.order(len(job.prompts), run.batch // run.group, seed=config.seed, step=fresh), run.group)
+    params = state.model_params
     if times_used:
-        batch, scores = state.loop["rollout"].batch, state.loop["rollout"].score
+        batch, scores, drawn_logp = state.loop["rollout"].batch, state.loop["rollout"].score, state.loop["drawn_logp"]
     else:
-        batch, scores = jax.block_until_ready(
-            respond(job, state.model_params, job.prompts, numbers, "sample", iteration, run.group)
+        batch, scores, drawn_logp = jax.block_until_ready(
+            respond(job, params, job.prompts, numbers, "sample", iteration, run.group)
         )
     clock.append(time.perf_counter())
 
-    logp, entropy, value = job.said(state.model_params, batch)
-    ref_logp, _, _ = job.said(job.reference, batch)
+    if run.rescore or times_used:
+        logp, entropy, value = job.said(params, batch, run.group)
+    else:
+        logp, entropy, value = drawn_logp, None, job.valued(params, batch, run.group)
+    ref_logp, _, _ = job.said(job.reference, batch, run.group)
     if job.greedy:  # ReMax (Li et al. 2024): as a value of every token it is a baseline
         greedy = job._replace(draw=job.greedy)
-        _, likeliest = respond(greedy, state.model_params, job.prompts, numbers, "sample", iteration, run.group)
+        _, likeliest, _ = respond(greedy, params, job.prompts, numbers, "sample", iteration, run.group)
         value = jnp.broadcast_to(jnp.nan_to_num(likeliest)[:, None], logp.shape)
     beta = state.loop["beta"]
     rollout = job.assemble(batch, logp, ref_logp, value, scores, beta)
     kept = {}
     if run.reuse > 1:
-        rollout, kept["drawn_logp"] = job.corrected(rollout, state.loop["drawn_logp"] if times_used else logp)
+        rollout, kept["drawn_logp"] = job.corrected(rollout, drawn_logp if times_used else logp)
     metrics = jax.block_until_ready(job.describe(rollout, entropy))
     if metrics["reward/abstained"] > run.most_abstained:
         raise ValueError(
@@ -132,26 +144,27 @@ def collect(job: Job, state, iteration: int):
 
 
 def respond(job: Job, params, documents, numbers, role: str, step: int, group: int = 1):
-    """Responses to these prompts, and their scores by the reward model or the environment. -> (Batch, f32 [B])
+    """Responses to these prompts, their scores by the reward model or the environment, and what the sampler said of each token.
 
+    -> (Batch, f32 [B], logp f32 [B,T], None in an environment)
     Args: group: of so many numbers, one behind the other, all are the same.
     """
     row_keys = keys.of_rows(keys.key(job.config.seed, role, step), numbers)
     if job.config.environment.name:
-        batch, scores = job.play(job.draw, params, row_keys, [documents[n] for n in numbers])
+        (batch, scores), logp = job.play(job.draw, params, row_keys, [documents[n] for n in numbers]), None
     else:
         prompts = common.rows_of(documents, numbers, job.config.prompts.length, job.mesh, job.vocab)
-        batch = job.draw(params, row_keys, prompts, group)
+        batch, logp = job.draw(params, row_keys, prompts, group)
         scores = job.judged(job.judge, batch)
-    return batch, advantages.without_eos(scores, job.ended(batch) > 0, **job.config.unended)
+    return batch, advantages.without_eos(scores, job.ended(batch) > 0, **job.config.unended), logp
 
 
 def evaluate(job: Job, tokenizer, gold, params):
     """Held-out prompts, always answered by the same draws. -> ({"proxy": f32 [n], "kl": nats [n], "gold": f32 [n]}, samples)"""
     found, samples = [], []
     for numbers, count in common.parts(list(range(len(job.held_out))), job.config.run.batch):
-        batch, scores = respond(job, params, job.held_out, numbers, "evaluate", 0)
-        gap = job.said(params, batch)[0] - job.said(job.reference, batch)[0]
+        batch, scores, _ = respond(job, params, job.held_out, numbers, "evaluate", 0)
+        gap = job.said(params, batch, 1)[0] - job.said(job.reference, batch, 1)[0]
         of_rows = {"proxy": shard.fetch(scores), "kl": shard.fetch((gap * batch.targets).sum(axis=1))}
         texts = (environment.dialogues if job.play else common.texts)(tokenizer, batch)
         if gold:
@@ -169,6 +182,8 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
         raise ValueError(
             f"sample.temperature = {temperature}: a policy that is to learn from its samples draws them, so it is above 0"
         )
+    if config.environment.name and not run.rescore:
+        raise ValueError("run.rescore = False: an episode has several samples, whose log-probabilities are not kept")
     if run.batch % run.minibatches:
         raise ValueError(f"run.batch = {run.batch} does not divide into run.minibatches = {run.minibatches}")
     tx = optim.adam(steps=run.iterations * updates_of(run), **config.optim)
@@ -177,7 +192,19 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
     carried = {"rollout": blank} | ({"drawn_logp": blank.logp} if run.reuse > 1 else {})
     state, where = common.new_state(policy, tx, mesh, beta=jnp.float32(config.kl.beta), **shard.declare_rows(carried))
     hold = {"policy/approx_kl": run.stop_kl}
-    update = make_step(algorithm.objective(config, policy.model), tx, accumulate=run.accumulate, hold_above=hold, **config.guard)
+
+    def sharing(group):
+        """The policy for rows that answer the same prompts; episodes are padded otherwise."""
+        first, _ = common.prompt_columns(policy.model, config.prompts.length)
+        return policy.model if play or group == 1 else policy.model.sharing(group, first)
+
+    update = make_step(
+        algorithm.objective(config, sharing(algorithm.together(config))),
+        tx,
+        accumulate=run.accumulate,
+        hold_above=hold,
+        **config.guard,
+    )
     learnt = algorithm.data(config, policy.model)
     _, held_out = common.split(found, config.evaluate.prompts, "evaluate.prompts")
     known = {document.ids for document in held_out}
@@ -187,6 +214,9 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
 
     def compiled(function, out=None, **settings):
         return shard.on_mesh(jax.jit(partial(function, **settings), out_shardings=out), mesh)
+
+    def said(params, batch, group=1):
+        return rollout.said(sharing(group), params, batch, temperature=temperature)
 
     def corrected(rolled, drawn_logp):
         return rollout.corrected(rolled, drawn_logp, cap=run.importance_cap), jnp.copy(drawn_logp)
@@ -207,7 +237,8 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
         greedy=common.sampler(policy.model, mesh, eos, {**config.sample, "temperature": 0.0}) if algorithm.greedy(config) else None,
         judged=judged and compiled(judged),
         ended=compiled(rollout.ended, eos=eos),
-        said=compiled(partial(rollout.said, policy.model), temperature=temperature),
+        said=shard.on_mesh(jax.jit(said, static_argnums=2), mesh),
+        valued=shard.on_mesh(jax.jit(lambda *args: said(*args)[2], static_argnums=2), mesh),
         assemble=compiled(algorithm.assemble(config), where.loop["rollout"]),
         describe=compiled(rollout.describe, eos=eos, group=run.group),
         corrected=compiled(corrected, (where.loop["rollout"], where.loop.get("drawn_logp"))),

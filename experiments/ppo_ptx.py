@@ -41,6 +41,7 @@ def pretraining(config, policy, mesh):
 PPO_PTX = ppo.PPO._replace(
     objective=objective,
     data=lambda config, model: lambda rolled, batch: Mixed(rolled, scaled(batch, rolled.batch.targets.sum())),
+    together=lambda config: 1,  # nor is text like text
     beside=pretraining,
 )
 

@@ -47,7 +47,7 @@ def answers(config, loaded, mesh, prompts, gold):
         found, samples = [], []
         for numbers, count in common.parts(list(range(len(prompts))), config.run.batch):
             row_keys = keys.of_rows(keys.key(config.seed, "evaluate", 0), numbers)
-            batch = draw(params, row_keys, common.rows_of(prompts, numbers, longest, mesh, loaded.model.config.vocab))
+            batch, _ = draw(params, row_keys, common.rows_of(prompts, numbers, longest, mesh, loaded.model.config.vocab))
             gap = said(params, batch)[0] - said(reference, batch)[0]
             of_rows = {"kl": shard.fetch((gap * batch.targets).sum(axis=1)), "length": shard.fetch(batch.targets.sum(axis=1))}
             texts = common.texts(loaded.tokenizer, batch)
@@ -80,11 +80,11 @@ def against_reference(logp, loaded, held_out):
     return measure
 
 
-def learn_from(kind, config, loaded, mesh, train, logp):
+def learn_from(kind, config, loaded, mesh, train, logp, layout):
     """-> (data_at, ready): what a step trains on, of the kind that the objective takes.
 
     ready(params, data) -> data: puts in what depends on the policy as it is before the update, which is KTO's z0.
-    Args: logp: (params, documents) -> nats [n].
+    Args: logp: (params, documents) -> nats [n]; layout: of the rows of pairs.
     """
     lengths = {"length": config.data.length, "source_length": config.data.source_length}
     vocab, reference = loaded.model.config.vocab, loaded.reference
@@ -92,7 +92,7 @@ def learn_from(kind, config, loaded, mesh, train, logp):
 
     def pairs_at(i):
         numbers = tables.order(len(train), config.run.batch, seed=config.seed, step=i)
-        pairs = reward.data_of(kind, [train[n] for n in numbers], vocab, **lengths)
+        pairs = reward.data_of(kind, [train[n] for n in numbers], vocab, **layout)
         return shard.place(pairs.replace(ref_chosen=ref[0, numbers], ref_rejected=ref[1, numbers]), mesh)
 
     def labelled_at(i):
@@ -118,7 +118,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=No
 
     Args: objective: one's own, (params, data: Pairs or Labelled, *, model, ...) -> (sum, sums).
     """
-    objective, kind = named.resolve(preference, config.objective, objective)
+    learnt, kind = named.resolve(preference, config.objective, objective)
     if config.sample.temperature <= 0:
         raise ValueError(f"sample.temperature = {config.sample.temperature}: KL is that of drawn answers, so it is above 0")
     mesh = shard.make_mesh(**config.mesh)
@@ -136,10 +136,11 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=No
 
     lengths = {"length": config.data.length, "source_length": config.data.source_length}
     logp = reward.by_document(said, loaded.model, mesh, size=config.run.batch, **lengths)
-    data_at, ready = learn_from(kind, config, loaded, mesh, train, logp)
+    layout, model = reward.together(kind, train, lengths, loaded.model, objective)
+    data_at, ready = learn_from(kind, config, loaded, mesh, train, logp, layout)
     tx = optim.adam(steps=config.run.steps, **config.optim)
     state, where = common.new_state(loaded, tx, mesh)
-    update = make_step(partial(objective, model=loaded.model), tx, accumulate=config.run.accumulate, **config.guard)
+    update = make_step(partial(learnt, model=model), tx, accumulate=config.run.accumulate, **config.guard)
     update = shard.compile_step(update, mesh, where)
     compared, answered = against_reference(logp, loaded, held_out), answers(config, loaded, mesh, prompts, gold)
 
@@ -167,7 +168,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=No
             "tokenizer": loaded.tokenizer_digest,
             "data": common.digest([(document.tokens, document.source) for row in train for document in row[:-1]]),
         },
-        tokens_per_step=(1 if kind is preference.Labelled else 2) * config.run.batch * config.data.length,
+        tokens_per_step=(1 if kind is preference.Labelled else 2) * config.run.batch * layout["length"],
         **config.loop,
     )
     ended = time.monotonic()

@@ -210,6 +210,15 @@ def data_of(kind, rows, vocab: int, *, most: int = 2, **lengths):
     return data
 
 
+def together(kind, rows, lengths: dict, model, own=None):
+    """-> (the layout of rows, for `data_of`; the model that reads the prompt of both responses once, where that saves enough)
+
+    Args: own: an objective that is none of the library's; it may read the responses one by one, so nothing is shared.
+    """
+    prompt, length = (0, 0) if own or kind not in (Pairs, Judged) else tables.in_common(rows, lengths["length"])
+    return ({**lengths, "length": length, "prompt": prompt}, model.sharing(2, prompt)) if prompt else (lengths, model)
+
+
 def by_document(measure, model, mesh, *, size: int, length: int, source_length: int):
     """measure(params, batch) -> [B], compiled, as (params, documents) -> f32 [n], `size` of them at a time."""
     measure = shard.on_mesh(jax.jit(measure), mesh)
@@ -244,7 +253,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=No
 
 def train(config, workdir: Path, stages: launch.Stages, others: list, objective):
     """One reward model. -> (its scores of the held-out responses, f32 [n], seconds). Args: others: the same of other members."""
-    objective, kind = named.resolve(objectives, config.objective, objective)
+    learnt, kind = named.resolve(objectives, config.objective, objective)
     mesh = shard.make_mesh(**config.mesh)
     source, found = stages.path(config.model.source), stages.path(config.data.source)
     began = time.monotonic()
@@ -276,13 +285,14 @@ def train(config, workdir: Path, stages: launch.Stages, others: list, objective)
     loaded = loaded._replace(params=normalised(loaded.params, config.normalise.before)[0])
     tx = optim.adam(steps=config.run.steps, **config.optim)
     state, where = common.new_state(loaded, tx, mesh)
-    step = make_step(partial(objective, model=loaded.model), tx, accumulate=config.run.accumulate, **config.guard)
+    layout, model = together(kind, rows, lengths, loaded.model, objective)
+    step = make_step(partial(learnt, model=model), tx, accumulate=config.run.accumulate, **config.guard)
     step = shard.compile_step(step, mesh, where)
     most = max(len(row) - 1 for row in rows)  # responses a prompt
 
     def data_at(i):
         numbers = tables.order(len(rows), config.run.batch, seed=config.seed, step=i)
-        return shard.place(data_of(kind, [rows[n] for n in numbers], vocab, most=most, **lengths), mesh)
+        return shard.place(data_of(kind, [rows[n] for n in numbers], vocab, most=most, **layout), mesh)
 
     launch.begin(workdir, loaded)
     around = time.monotonic() - began
@@ -296,7 +306,7 @@ def train(config, workdir: Path, stages: launch.Stages, others: list, objective)
         hooks=[watched],
         config=config,
         identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest, "data": texts},
-        tokens_per_step=most * config.run.batch * config.data.length,
+        tokens_per_step=most * config.run.batch * layout["length"],
         **config.loop,
     )
     ended = time.monotonic()

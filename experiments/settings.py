@@ -10,6 +10,7 @@ import numpy as np
 from jaxalign import shard
 from jaxalign.data import text
 from jaxalign.data.sources import LARGEST
+from jaxalign.models.attention import ATTENTION
 from jaxalign.models.parts import ACTIVATIONS, ADAPTERS, REMAT
 from jaxalign.train import log
 
@@ -84,6 +85,7 @@ RULES = {
             "tokenizer": TEXT,
             "dtype": one_of("float32", "bfloat16", "float16"),
             "remat": one_of(*REMAT),
+            "attention": one_of(*ATTENTION),
         }.items()
     },
     "reward_model.doubt": number(lambda x: x >= 0, "a number from 0, or inf", endless=True),
@@ -134,7 +136,37 @@ RULES = {
     "chat": FLAG,
     "completion": TEXT,
     "draws": COUNT,
+    **dict.fromkeys(("task.template", "task.pool", "task.rows"), NAMED),
+    **dict.fromkeys(("task.pool_count", "task.count"), ANY_COUNT),
+    "task.read": one_of("", "after", "number", "letter", "yes_no"),
+    "curve.shots": Rule(lambda x: isinstance(x, tuple) and bool(x) and all(map(ANY_COUNT.holds, x)), "a tuple of whole numbers"),
+    "curve.seeds": COUNT,
+    "curve.rankings": Rule(
+        lambda x: isinstance(x, tuple) and bool(x) and {*x} <= {"random", "balanced", "nearest"},
+        "a tuple of random, balanced, nearest",
+    ),
+    "written": COUNT,
+    **{f"beside.{made}_source": TEXT for made in ("sft", "grpo", "soft")},
+    **{f"search.{size}": COUNT for size in ("induced", "shown", "rephrased", "length", "dev", "rounds", "budget")},
+    "search.temperature": NOT_NEGATIVE,
+    "tasks": NAMED,
+    "task": NAMED,
+    **dict.fromkeys(("template", "data.pool", "data.beside", "evaluate.tasks"), TEXT),
+    "evaluate.count": ANY_COUNT,
+    **dict.fromkeys(("ours", "theirs", "pairs.key"), NAMED),
+    **dict.fromkeys(("pairs.prompt", "pairs.answer"), FILLED),
+    "reward": FLAG,
+    "rank": one_of("in_order", "random", "balanced", "bm25"),
+    "best_last": FLAG,
+    "folder": TEXT,
+    "limit": ANY_COUNT,
+    "shots": maybe(ANY_COUNT),
+    "length": ANY_COUNT,
     "batch": COUNT,
+    "constraint.regex": TEXT,
+    "constraint.answers": Rule(
+        lambda x: isinstance(x, tuple) and all(map(NAMED.holds, x)), "a tuple of texts that are not empty, or () for none"
+    ),
     "output": TEXT,
     "sample.length": COUNT,
     "sample.temperature": NOT_NEGATIVE,
@@ -147,6 +179,7 @@ RULES = {
     "normalise.after": maybe(POSITIVE),
     "environment.name": TEXT,
     "environment.turns": COUNT,
+    "environment.passages": TEXT,
     "environment.length": COUNT,
     "unended.replace": maybe(FINITE),
     "unended.penalty": NOT_NEGATIVE,
@@ -194,6 +227,7 @@ RULES = {
     "run.stop_kl": maybe(POSITIVE),
     "run.most_abstained": SHARE,
     **{f"run.{size}": COUNT for size in ("group", "reuse")},
+    "run.rescore": FLAG,
     "run.importance_cap": number(lambda x: x >= 1, "a number from 1"),
     "run.critic": one_of("shared", "own"),
     "run.baseline": one_of("none", "mean", "leave_one_out", "greedy", "learned"),
@@ -281,6 +315,9 @@ def _together(found: dict, prefix: str, **given):
             told = " x ".join(f"{part} {size}" for part, size in parts.items())
             more = -(-batch // share) * share
             raise ValueError(f"{prefix}{name} = {batch}: it is a multiple of {told} = {share}, such as {more}")
+    for section in ("model", "reward_model", "teacher_model"):
+        if mesh["sequence"] > 1 and found.get(f"{section}.attention", "ring") != "ring":
+            raise ValueError(f"{prefix}{section}.attention = {found[f'{section}.attention']}: with mesh.sequence > 1 it is ring")
     if found["model.source"] == "scratch" and found["adapter.kind"] != "none":
         raise ValueError(f"{prefix}adapter.kind = {found['adapter.kind']}: a model from scratch has nothing to adapt")
     if found.get("adapter.source") and found["adapter.kind"] == "none":

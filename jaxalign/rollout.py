@@ -64,11 +64,11 @@ def _given(batch: Batch, scores):
     return batch, jnp.where(given, scores, 0), given
 
 
-def describe(rollout: Rollout, entropy, eos: int, group: int = 1) -> dict:
+def describe(rollout: Rollout, entropy=None, *, eos: int, group: int = 1) -> dict:
     """What to log of a rollout, before any update.
 
     policy/kl (k1, nats a response: the sum over tokens), policy/kl_k2 and policy/kl_k3 (other estimates of it), policy/entropy
-    (nats a token), policy/length (tokens), policy/eos_rate; reward/score, reward/score_std, reward/total (score less KL penalty, a
+    (nats a token; where it is given), policy/length (tokens), policy/eos_rate; reward/score, reward/score_std, reward/total (score less KL penalty, a
     response); reward/abstained, the share of responses that have no score, of which nothing else here speaks; value/explained, 1 -
     var(target - value)/var(target); advantage/std, before whitening. With groups, reward/equal, the share of those whose scores are
     all equal, so that nothing can be learned from them.
@@ -80,20 +80,24 @@ def describe(rollout: Rollout, entropy, eos: int, group: int = 1) -> dict:
     missed = masked_variance(rollout.target - rollout.value, weights)
     spread = masked_variance(rollout.target, weights)
     equal = {"reward/equal": 1 - differs(rollout, group).mean()} if group > 1 else {}
-    return equal | {
-        "policy/kl": masked_sum(divergences.k1(*pair), weights) / rows,
-        "policy/kl_k2": masked_sum(divergences.k2(*pair), weights) / rows,
-        "policy/kl_k3": masked_sum(divergences.k3(*pair), weights) / rows,
-        "policy/entropy": masked_mean(entropy, weights),
-        "policy/length": weights.sum() / rows,
-        "policy/eos_rate": masked_mean(ended(rollout.batch, eos), given),
-        "reward/score": masked_mean(rollout.score, given),
-        "reward/score_std": jnp.sqrt(masked_variance(rollout.score, given)),
-        "reward/total": rollout.reward.sum() / rows,
-        "reward/abstained": 1 - given.mean(),
-        "value/explained": 1 - missed / jnp.maximum(spread, 1e-8),
-        "advantage/std": jnp.sqrt(missed),  # target - value is the advantage that was not whitened
-    }
+    spread_out = {} if entropy is None else {"policy/entropy": masked_mean(entropy, weights)}
+    return (
+        equal
+        | spread_out
+        | {
+            "policy/kl": masked_sum(divergences.k1(*pair), weights) / rows,
+            "policy/kl_k2": masked_sum(divergences.k2(*pair), weights) / rows,
+            "policy/kl_k3": masked_sum(divergences.k3(*pair), weights) / rows,
+            "policy/length": weights.sum() / rows,
+            "policy/eos_rate": masked_mean(ended(rollout.batch, eos), given),
+            "reward/score": masked_mean(rollout.score, given),
+            "reward/score_std": jnp.sqrt(masked_variance(rollout.score, given)),
+            "reward/total": rollout.reward.sum() / rows,
+            "reward/abstained": 1 - given.mean(),
+            "value/explained": 1 - missed / jnp.maximum(spread, 1e-8),
+            "advantage/std": jnp.sqrt(missed),  # target - value is the advantage that was not whitened
+        }
+    )
 
 
 def ended(batch: Batch, eos: int):
@@ -185,10 +189,10 @@ def with_critic(policy: Model, critic: Model) -> Model:
         one, other = jax.random.split(key)
         return {"policy": policy.init(one), "critic": critic.init(other)}
 
-    def apply(params, tokens, segments, cache=None, at=0, **source):
-        hidden, cache_after = policy.apply(params["policy"], tokens, segments, cache, at, **source)
+    def apply(params, tokens, segments, cache=None, at=0, **how):
+        hidden, cache_after = policy.apply(params["policy"], tokens, segments, cache, at, **how)
         if cache is None:
-            hidden = jnp.concatenate([hidden, critic.apply(params["critic"], tokens, segments, **source)[0]], axis=-1)
+            hidden = jnp.concatenate([hidden, critic.apply(params["critic"], tokens, segments, **how)[0]], axis=-1)
         return hidden, cache_after
 
     def unembed(params, hidden):

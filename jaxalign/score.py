@@ -47,12 +47,12 @@ def _tangent(primals, tangents):
     return said, Scores(of_token - of_log_z, of_entropy, of_log_z, dz.mean(-1) - of_log_z)
 
 
-def of_hidden(model: Model, params, hidden, tokens, wanted=None, *, temperature: float = 1.0, chunk: int = 128) -> Scores:
+def of_hidden(model: Model, params, hidden, tokens, wanted=None, *, temperature: float = 1.0, chunk: int = 64) -> Scores:
     """Scores of `tokens` [B,T] from the states [B,T,D] that predict them, never holding more than [B,chunk,V] logits.
 
-    Args: wanted: bool [B,T]; chunks of columns in which nothing is wanted cost nothing, and their scores are 0. None: all.
+    Args: wanted: bool [B,T]; None: all. Each row's wanted tokens are moved to its first chunks; chunks in which no row has any cost
+    nothing, and their scores are 0.
     """
-    wanted = jnp.ones(tokens.shape, bool) if wanted is None else wanted
 
     def one(part):
         hidden, tokens, wanted = part
@@ -62,7 +62,13 @@ def of_hidden(model: Model, params, hidden, tokens, wanted=None, *, temperature:
 
         return jax.lax.cond(wanted.any(), said, lambda: Scores(*[jnp.zeros(tokens.shape, jnp.float32)] * 4))
 
-    return by_chunk(one, (hidden, tokens, wanted), chunk=chunk)
+    if wanted is None or tokens.shape[1] <= chunk:
+        return by_chunk(one, (hidden, tokens, jnp.ones(tokens.shape, bool) if wanted is None else wanted), chunk=chunk)
+    first = jnp.argsort(~wanted, axis=1)  # columns, those wanted before the others
+    hidden = jnp.take_along_axis(hidden, first[..., None], axis=1)
+    moved = by_chunk(one, (hidden, *(jnp.take_along_axis(x, first, axis=1) for x in (tokens, wanted))), chunk=chunk)
+    back = jnp.argsort(first, axis=1)
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, back, axis=1), moved)
 
 
 def evaluate(model: Model, params, batch: Batch, *, temperature: float = 1.0):

@@ -1,8 +1,9 @@
-"""Where arrays live: one mesh of three axes, one rule table, and the three ways to compile a step over it.
+"""Where arrays live: one mesh of four axes, one rule table, and the three ways to compile a step over it.
 
-    data    rows of the batch; parameters are copies
-    fsdp    rows of the batch; parameters are split, gathered where they are used
-    tensor  heads, MLP columns and vocabulary; rows are copies
+    data      rows of the batch; parameters are copies
+    fsdp      rows of the batch; parameters are split, gathered where they are used
+    tensor    heads, MLP columns and vocabulary; rows are copies
+    sequence  columns of the rows, for long ones (models.attention "ring"); parameters are copies
 
 Parameters declare logical axes where they are made (`declared`); RULES says which mesh axis each goes to.
 """
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 ROWS = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over
 RULES = {
     "vocab": "tensor",
@@ -66,20 +67,20 @@ def unbox(tree):
     return meta.unbox(tree)
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one size may be -1: whatever is left.
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices=None) -> Mesh:
+    """A mesh of AXES over all devices; one size may be -1: whatever is left.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
+    sizes = [data, fsdp, tensor, sequence]
     if sizes.count(-1) == 1:
         known = -np.prod(sizes)
         sizes[sizes.index(-1)] = max(1, len(devices) // int(known))
     if min(sizes) < 1 or np.prod(sizes) != len(devices):
-        asked = f"data={data}, fsdp={fsdp}, tensor={tensor}"
+        asked = f"data={data}, fsdp={fsdp}, tensor={tensor}, sequence={sequence}"
         raise ValueError(f"mesh {asked} needs {abs(np.prod(sizes))} devices, here are {len(devices)}; -1 fills one axis")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec(names, rules=RULES) -> P:
@@ -118,15 +119,28 @@ def create(make, mesh: Mesh, *args):
         return jax.jit(lambda *a: unbox(make(*a)), out_shardings=where)(*args), where
 
 
+def split_of(shape, mesh) -> P:
+    """Of an array [B, ...]: its rows over ROWS and, where it has columns [B,T,...] that divide, these over `sequence`."""
+    columns = mesh.shape["sequence"]
+    return P(ROWS, "sequence") if columns > 1 and len(shape) > 1 and shape[1] % columns == 0 else P(ROWS)
+
+
+def auto_mesh():
+    """The mesh that is set, where the compiler splits the work over it; None outside a mesh and inside shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or any(mesh._name_to_type.get(axis) != AxisType.Auto for axis in AXES) else mesh
+
+
 def constrain_rows(x):
-    """Rows split over ROWS and nothing else split: for activations [B, ...]. The identity outside a mesh and inside shard_map.
+    """Split as by `split_of` and no further: for activations [B, ...]. The identity where there is no `auto_mesh`.
 
     Those of one token, [B,1,D], are split over fsdp by their width, as weights are: then they move to the weights, which are more.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(mesh._name_to_type.get(axis) != AxisType.Auto for axis in ROWS):
+    mesh = auto_mesh()
+    if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, P("data", None, "fsdp") if x.ndim == 3 and x.shape[1] == 1 else P(ROWS))
+    one_token = x.ndim == 3 and x.shape[1] == 1
+    return jax.lax.with_sharding_constraint(x, P("data", None, "fsdp") if one_token else split_of(x.shape, mesh))
 
 
 def put(tree, where):
@@ -140,12 +154,12 @@ def put(tree, where):
 
 
 def place(rows, mesh: Mesh):
-    """Host arrays [B, ...], the same on every process, split over ROWS. ValueError where B does not divide."""
+    """Host arrays [B, ...], the same on every process, split as by `split_of`. ValueError where B does not divide."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     for x in jax.tree.leaves(rows):
         if len(x) % parts:
             raise ValueError(f"{len(x)} rows do not divide over data x fsdp = {parts} devices")
-    return put(rows, jax.tree.map(lambda _: NamedSharding(mesh, P(ROWS)), rows))
+    return put(rows, jax.tree.map(lambda x: NamedSharding(mesh, split_of(np.shape(x), mesh)), rows))
 
 
 def fetch(tree):
@@ -216,8 +230,8 @@ def compile_step(step, mesh: Mesh, where, how: str = "jit"):
 
     if how == "jit":
         return whole(on_mesh(jax.jit(apart, out_shardings=(where.replace(frozen=()), None), donate_argnums=0), mesh))
-    if mesh.shape["tensor"] != 1:
-        raise ValueError(f"{how} copies parameters: it needs a mesh with tensor=1, not {dict(mesh.shape)}")
+    if (mesh.shape["tensor"], mesh.shape["sequence"]) != (1, 1):
+        raise ValueError(f"{how} splits nothing but rows: it needs a mesh with tensor=1 and sequence=1, not {dict(mesh.shape)}")
     if how == "shard_map":
         split = jax.shard_map(partial(apart, axis=ROWS), mesh=mesh, in_specs=(P(), P(), P(ROWS)), out_specs=P(), check_vma=False)
         return whole(jax.jit(split, donate_argnums=0))

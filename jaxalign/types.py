@@ -8,6 +8,7 @@ token given the tokens before it, the value *before* it was emitted, its reward,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -102,7 +103,8 @@ class Model(NamedTuple):
 
     config: Any  # the architecture, a frozen dataclass
     init: Callable  # (key) -> params, each leaf boxed with its logical axes (shard.Declared)
-    apply: Callable  # (params, tokens, segments, cache=None, at=0, source=None, source_segments=None) -> (hidden [B,T,D], cache)
+    # (params, tokens, segments, cache=None, at=0, source=None, source_segments=None, shared=(1, 0)) -> (hidden [B,T,D], cache)
+    apply: Callable
     unembed: Callable  # (params, hidden [...,D]) -> logits f32 [...,V]
     scalar: Callable  # (params, hidden [...,D]) -> f32 [...], the reward or value head
     cache: Callable  # (rows, T) -> dict for `apply`: "segments" [B,T], other leaves [B,T] or [L,B,T,...]
@@ -111,3 +113,10 @@ class Model(NamedTuple):
         """`apply` to all that a batch holds. -> (hidden [B,T,D], cache). Args: cached: cache and at."""
         source = {} if batch.source is None else {"source": batch.source, "source_segments": batch.source_segments}
         return self.apply(params, batch.tokens, batch.segments, *cached, **source)
+
+    def sharing(self, group: int, columns: int) -> "Model":
+        """The model for rows of which each `group` have the same first `columns`, or the same source: read once for all of them.
+
+        What it says is the same, but for rounding; of a group whose rows differ there it says NaN. B divides by `group`.
+        """
+        return self._replace(apply=partial(self.apply, shared=(group, columns)))

@@ -473,7 +473,7 @@ def program(monkeypatch):
             "run.batch = 12: it is a multiple of run.accumulate 5 = 5, such as 15",
         ),
         (["--config.run.batch=12"], "run.batch = 12: it is a multiple of mesh.data 8 x mesh.fsdp 1 = 8, such as 16"),
-        (["--config.mesh.data=3"], "mesh data=3, fsdp=1, tensor=1 needs 3 devices, here are 8"),
+        (["--config.mesh.data=3"], "mesh data=3, fsdp=1, tensor=1, sequence=1 needs 3 devices, here are 8"),
         (["--config.data.source=\udcff"], "data.source = '\\udcff': "),
         (["--config.seed=1", "--config.seed=2"], "--config.seed is given twice: 1 and 2"),
         (

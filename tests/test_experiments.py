@@ -3,13 +3,16 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +63,15 @@ def finished(once) -> Path:
     """The folder of a run of configs/ppo.py:tiny, on one device."""
     with once("finished") as (folder, made):
         if not made:
-            (folder.parent / "finished.txt").write_text(run(ppo.run, settings(), folder))
+            programs, listener = [], logging.Handler()
+            listener.emit = lambda record: programs.append(record.getMessage())
+            logger = logging.getLogger("jax._src.interpreters.pxla")
+            logger.addHandler(listener)
+            with jax.log_compiles():
+                said = run(ppo.run, settings(), folder)
+            logger.removeHandler(listener)
+            (folder.parent / "finished.txt").write_text(said)
+            (folder.parent / "compiled.txt").write_text("\n".join(programs))
     return folder
 
 
@@ -366,7 +377,7 @@ def test_no_two_iterations_draw_alike():
 
     def draw(params, row_keys, batch, group=1):
         seen.append([tuple(row) for row in jax.random.key_data(row_keys).tolist()])
-        return batch
+        return batch, None
 
     job = SimpleNamespace(
         config=settings(),
@@ -528,6 +539,13 @@ def again(finished, tmp_path):
     return made
 
 
+def test_each_program_of_a_run_is_compiled_once(finished):
+    """The updates of three stages, the samplers of two, and the functions of PPO, however many steps there are."""
+    compiled = Counter(re.findall(r"Compiling jit\((\w+)\)", (finished.parent / "compiled.txt").read_text()))
+    expected = {"apart": 3, "draw": 2, "said": 1, "score_of_all": 1, "assemble": 1, "describe": 1, "take": 1}
+    assert {name: compiled[name] for name in expected} == expected
+
+
 @pytest.mark.slow
 def test_updates_far_from_the_policy_that_sampled_are_held_back(again):
     lines = metrics_of(again(**{"run.stop_kl": 1e-5}))[1:]
@@ -543,8 +561,8 @@ def test_a_reward_that_fails_too_often_ends_the_run(again, monkeypatch):
     respond = ppo.respond
 
     def failing(*args):
-        batch, scores = respond(*args)
-        return batch, np.where(np.arange(len(scores)) % 2, np.nan, scores)
+        batch, scores, logp = respond(*args)
+        return batch, np.where(np.arange(len(scores)) % 2, np.nan, scores), logp
 
     monkeypatch.setattr(ppo, "respond", failing)
     with pytest.raises(ValueError, match="the reward abstained from 50% of the responses of iteration 0, and run.most_abstained"):

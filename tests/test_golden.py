@@ -222,7 +222,7 @@ def rm_pairwise_bradley_terry(i):
     side = rows_of(jnp.zeros((len(chosen), 2)), jnp.ones((len(chosen), 2)))
 
     def mean(chosen, margin, name=None, **hyper):
-        params = {"scores": jnp.concatenate([chosen, rejected])}
+        params = {"scores": jnp.stack([chosen, rejected], axis=1).ravel()}
         loss, sums = reward.pairwise(params, Pairs(side, side, margin), model=SCORES, **hyper)
         return (loss if name is None else sums[name]) / sums["weight"]
 
@@ -249,7 +249,7 @@ def rm_best_of_k_softmax(i):
 
     def mean(scores, best):
         data = ranked(jnp.arange(scores.shape[1])[None] != best)
-        loss, sums = reward.best_of_k({"scores": scores.T.ravel()}, data, model=SCORES)
+        loss, sums = reward.best_of_k({"scores": scores.ravel()}, data, model=SCORES)
         return loss / sums["weight"], sums["reward/accuracy"] / sums["weight"]
 
     loss, accuracy = mean(i["rewards"], best)
@@ -264,7 +264,7 @@ def rm_best_of_k_softmax(i):
 
 def rm_kwise_instructgpt(i):
     per_prompt, pairs = preference.k_wise(i["rewards"], i["ranks"], jnp.ones(i["ranks"].shape, bool))
-    loss, sums = reward.k_wise({"scores": i["rewards"].T.ravel()}, ranked(i["ranks"]), model=SCORES)
+    loss, sums = reward.k_wise({"scores": i["rewards"].ravel()}, ranked(i["ranks"]), model=SCORES)
     n_pairs = pairs.sum((1, 2))
     return {
         "per_prompt": per_prompt,

@@ -87,11 +87,11 @@ def test_every_compiled_function_of_a_run_is_planned(variant, make, reuse, monke
 
     monkeypatch.setattr(ppo_run, "prepare", kept)
     config = make(variant)
-    config.run.reuse = reuse
+    config.run.reuse, config.run.rescore = reuse, reuse > 1
     mesh, name = shard.make_mesh(**config.mesh), "ppo" if reuse > 1 else "reinforce"
     plan.online_run(config, mesh, plan.ALGORITHMS[name], lowered, [])
     job = jobs[0][0]
-    unused = {job.corrected} if reuse == 1 else set()
+    unused = {job.corrected if reuse == 1 else job.valued}
     assert {f for f in job if hasattr(f, "lower")} - unused == set(functions.values()) - {functions["init"]}
 
 

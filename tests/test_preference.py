@@ -125,6 +125,7 @@ def test_ktos_baseline_is_never_negative_and_leaves_out_what_is_no_row():
 
 
 def _apply(params, tokens, segments, cache=None, at=0):
+    params = params.reshape(2, -1, 5).swapaxes(0, 1).reshape(-1, 5)  # the two of a pair stand together
     return jnp.pad(params, ((0, 0), (0, 1)), constant_values=-1)[..., None], cache
 
 
@@ -132,7 +133,9 @@ def _two_tokens(params, hidden):
     return jnp.concatenate([hidden, jnp.log1p(-jnp.exp(hidden))], axis=-1)
 
 
-TOLD = Model(SimpleNamespace(scalar=None), None, _apply, _two_tokens, None, None)  # params [2B,T-1]: log p of tokens 1, 2, ...
+TOLD = Model(
+    SimpleNamespace(scalar=None), None, _apply, _two_tokens, None, None
+)  # params [2B,T-1]: log p of tokens 1, 2, ..., of all chosen
 PROMPT, RESPONSES = 2, np.array([[3, 1], [2, 2], [1, 4]])  # tokens, of each pair's two responses
 LOGP = jnp.asarray(-draw.uniform(0.1, 2, (6, 5)), jnp.float32)
 
@@ -199,11 +202,11 @@ def test_the_slope_of_dpo_is_the_chance_of_being_wrong():
     data = pairs_of(ref_chosen=jnp.array([-3.0, -1.0, -2.0]), ref_rejected=jnp.array([-2.0, -4.0, -1.0]))
     (_, sums), grads = jax.value_and_grad(partial(objectives.dpo, model=TOLD, beta=0.7), has_aux=True)(LOGP, data)
     logp, n = objectives.summed_logp(LOGP, objectives.stack(data.chosen, data.rejected), model=TOLD)
-    close(n, RESPONSES.T.ravel())
-    h = (logp[:3] - logp[3:]) - (data.ref_chosen - data.ref_rejected)
+    close(n, RESPONSES.ravel())
+    h = (logp[::2] - logp[1::2]) - (data.ref_chosen - data.ref_rejected)
     close(grads[:3, 1], -0.7 * jax.nn.sigmoid(-0.7 * h))
     close(sums["reward/difference"], 0.7 * h.sum())
-    close((sums["policy/logp_chosen"], sums["policy/logp_rejected"]), (logp[:3].sum(), logp[3:].sum()))
+    close((sums["policy/logp_chosen"], sums["policy/logp_rejected"]), (logp[::2].sum(), logp[1::2].sum()))
 
 
 def run(objective, data, logp=LOGP, **hyper):

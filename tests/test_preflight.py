@@ -58,7 +58,7 @@ def cached_in():
 def test_machines_that_are_fit(check, tmp_path):
     code, said = check(tmp_path / "run", data=2, fsdp=2, tensor=2)
     assert code == 0 and "wrong" not in said, said
-    assert re.search(r"devices +│ 8 cpu +│ ok", said) and re.search(r"mesh +│ data 2, fsdp 2, tensor 2 +│ ok", said)
+    assert re.search(r"devices +│ 8 cpu +│ ok", said) and re.search(r"mesh +│ data 2, fsdp 2, tensor 2, sequence 1 +│ ok", said)
     for number in ("workdir written", "workdir read", "all-reduce over data", "all-reduce over fsdp", "all-reduce over tensor"):
         assert float(re.search(rf"{number}, .B/s +│ ([\d.e+]+) +│ ok", said)[1]) > 0
     assert re.search(r"a train step +│ losses 16, ", said)

@@ -28,8 +28,8 @@ def boxed(shape, *names):
 
 
 def test_a_mesh_fills_one_axis_and_refuses_what_does_not_multiply():
-    assert shard.make_mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert shard.make_mesh(data=2, fsdp=-1, tensor=2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert shard.make_mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert shard.make_mesh(data=2, fsdp=-1, tensor=2).shape == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
     assert shard.make_mesh(data=1, devices=jax.devices()[:1]).size == 1
     for sizes in ({"data": 3}, {"data": -1, "fsdp": 3}, {"data": 16}, {"data": -1, "fsdp": -1}, {"data": 0}):
         with pytest.raises(ValueError, match="8"):

@@ -95,20 +95,49 @@ def _permutation(size, seed, epoch):
     return np.argsort(bits, kind="stable")
 
 
-def pad(documents: list[Document], length: int, *, side: str = "right", pad_id: int = 0, source_length: int = 0) -> Batch:
+def pad(
+    documents: list[Document], length: int, *, side: str = "right", pad_id: int = 0, source_length: int = 0, prompt: int = 0
+) -> Batch:
     """One document a row, padded on one side ("left": prompts to sample from). Padding is where segments are 0, whatever pad_id is.
 
     Sources are always padded on the right, to `source_length` (0: `length`). Raises ValueError, naming the row, for a document that
     is empty or longer than `length`.
+    Args: prompt: the column in which the first target of every row stands, with padding on both sides; 0: as `side` has it.
     """
     if side not in ("right", "left"):
         raise ValueError(f"side = {side!r}; there are 'right' and 'left'")
     batch = pack_rows([[document] for document in documents], length, pad_id, source_length)
-    if side == "left":
-        for row, document in enumerate(documents):
-            for x in (batch.tokens, batch.segments, batch.weights):
-                x[row] = np.roll(x[row], length - len(document.tokens))
+    for row, document in enumerate(documents):
+        move = length - len(document.tokens) if side == "left" else prompt and prompt - _asked(document)
+        if move > length - len(document.tokens) or move < 0:
+            raise ValueError(f"row {row}: {_asked(document)} of {len(document.tokens)} tokens before column {prompt} of {length}")
+        for x in (batch.tokens, batch.segments, batch.weights) if move else ():
+            x[row] = np.roll(x[row], move)
     return batch
+
+
+def _asked(document) -> int:
+    """How many tokens stand before the first target."""
+    return int(np.argmax(document.weights > 0))
+
+
+def in_common(rows, length: int) -> tuple[int, int]:
+    """The layout in which rows of two documents, each a prompt and one response to it, share the prompt: -> (prompt, length)
+
+    prompt: columns of all prompts, for `pad` and for Model.sharing; 0, and the length as it was, where prompts of one row differ, or
+    where so much padding would come in that less than a quarter of the columns were saved.
+    """
+    ends = [_asked(first) for first, *_ in rows]
+    for end, (first, second, *_) in zip(ends, rows, strict=True):
+        same = end == _asked(second) and (first.tokens[:end] == second.tokens[:end]).all()
+        if not (end and same and np.array_equal(_source(first), _source(second))):
+            return 0, length
+    if rows[0][0].source is not None:
+        return (
+            (1, length) if set(ends) == {1} else (0, length)
+        )  # the token that decoding starts with; it is the source that is shared
+    prompt, response = max(ends), max(len(one.tokens) - end for end, row in zip(ends, rows, strict=True) for one in row[:2])
+    return (prompt, prompt + response) if prompt + 2 * response <= 0.75 * 2 * length else (0, length)
 
 
 def pack(documents: list[Document], length: int, source_length: int = 0) -> list[list[Document]]:
@@ -183,10 +212,8 @@ def _size(part, most, what) -> int:
     return size
 
 
-def pairs(
-    chosen: list[Document], rejected: list[Document], margin, length: int, *, pad_id: int = 0, source_length: int = 0
-) -> Pairs:
-    """Pairs, padded on the right. margin: f32 [B], in units of the reward (0: not said). ValueError where the counts differ."""
+def pairs(chosen: list[Document], rejected: list[Document], margin, length: int, **layout) -> Pairs:
+    """Pairs. margin: f32 [B], in units of the reward (0: not said); layout: of `pad`. ValueError where the counts differ."""
     margin = np.asarray(margin, np.float32)
     if not (len(chosen) == len(rejected) and margin.shape == (len(chosen),)):
         raise ValueError(
@@ -194,20 +221,17 @@ def pairs(
         )
     if not np.isfinite(margin).all():
         raise ValueError(f"row {np.argmin(np.isfinite(margin))}: the margin is {margin[np.argmin(np.isfinite(margin))]}")
-    sides = [pad(side, length, pad_id=pad_id, source_length=source_length) for side in (chosen, rejected)]
-    return Pairs(*sides, margin)
+    return Pairs(*(pad(side, length, **layout) for side in (chosen, rejected)), margin)
 
 
-def judged(
-    first: list[Document], second: list[Document], won, tied, length: int, *, pad_id: int = 0, source_length: int = 0
-) -> Judged:
+def judged(first: list[Document], second: list[Document], won, tied, length: int, **layout) -> Judged:
     """Two responses a row, and shares of votes for the first and for neither, f32 [B]. ValueError where they are no shares."""
     won, tied = (np.asarray(x, np.float32) for x in (won, tied))
     wrong = ~((won >= 0) & (tied >= 0) & (won + tied <= 1 + 1e-6))
     if wrong.any():
         row = np.argmax(wrong)
         raise ValueError(f"row {row}: won {won[row]} and tied {tied[row]} are shares of votes, from 0 to 1, together at most 1")
-    return Judged(*(pad(side, length, pad_id=pad_id, source_length=source_length) for side in (first, second)), won, tied)
+    return Judged(*(pad(side, length, **layout) for side in (first, second)), won, tied)
 
 
 def ranked(

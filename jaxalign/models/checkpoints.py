@@ -52,17 +52,17 @@ TOLD = {  # what the files beside tokenizer.json may say; transformers would als
 }
 
 
-def load(source: str, *, dtype: str = "float32", remat: str = "none", scalar: float | None = None):
+def load(source: str, *, dtype: str = "float32", remat: str = "none", attention: str = "xla", scalar: float | None = None):
     """A model and its weights. -> (its config, params: f32 NumPy arrays in the model's tree)
 
     Args:
-        dtype, remat: of the config; the weights are float32 whatever the file holds.
+        dtype, remat, attention: of the config; the weights are float32 whatever the file holds.
         scalar: std of a scalar head. A head in the file (score.weight [1,D], score.bias [1]) is loaded, its std then 1/sqrt(D+1)
             unless given. Given where the file has none, `params` comes without the head: the caller draws it.
     Raises ValueError for what the file lacks, holds too much of, or asks for that the decoder does not compute, and for a file that
     is not as `export` wrote it; OSError where the source cannot be had.
     """
-    path, own = find(source), {"dtype": dtype, "remat": remat}
+    path, own = find(source), {"dtype": dtype, "remat": remat, "attention": attention}
     if path.is_file():
         raw, rows, tensors = gguf_file.load(path)
         kind, config = read_config(raw, path, **own)

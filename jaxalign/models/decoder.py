@@ -20,8 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.attention import attend, frequencies, positions_of, rope, soft_cap
-from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, normal, stacked
+from jaxalign.models.attention import ATTENTION, attend, frequencies, positions_of, rope, soft_cap
+from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, if_same, normal, repeated, stacked
 from jaxalign.shard import constrain_rows, declared
 from jaxalign.types import Model
 
@@ -64,6 +64,7 @@ class DecoderConfig:
     scalar: float | None = None  # std of a scalar head's first kernel (0 for a value head); None: no such head
     dtype: str = "float32"  # of activations and of the weights as they are used; parameters stay float32
     remat: str = "none"  # what a layer's backward pass recomputes: REMAT
+    attention: str = "xla"  # how it is computed: ATTENTION, as attention.attend has them
     adapter: Adapter | None = None  # what is trained instead of all; None: all
 
     def __post_init__(self):
@@ -74,6 +75,7 @@ class DecoderConfig:
             "activation": ACTIVATIONS,
             "positions": ("rope", "learned"),
             "remat": REMAT,
+            "attention": ATTENTION,
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -84,6 +86,12 @@ class DecoderConfig:
             object.__setattr__(self, "adapter", Adapter(**self.adapter))
         if not self.top < self.layers:
             raise ValueError(f"adapter layers = {self.top}: fewer than all {self.layers}")
+        if self.attention == "cudnn" and (self.dtype == "float32" or self.score_cap is not None):
+            told = f"here dtype = {self.dtype}, score_cap = {self.score_cap}"
+            raise ValueError(f"attention = cudnn computes in bfloat16 or float16, and without a cap of the scores; {told}")
+        if self.attention in ("splash", "ring") and self.virtual:
+            told = "which all documents see: take xla, blocks or cudnn"
+            raise ValueError(f"attention = {self.attention} has no virtual tokens, of adapter kind {self.adapter.kind}, {told}")
         if len(self.rope_scaling) not in (0, 1, 4):
             raise ValueError(f"rope_scaling = {self.rope_scaling}; there are (), (factor,) and (factor, low, high, context)")
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0 or not any(self.windows)):
@@ -92,6 +100,11 @@ class DecoderConfig:
             )
         if self.local_theta is not None and not self.windows:
             raise ValueError(f"local_theta = {self.local_theta} is for layers that have a window, but windows = ()")
+
+    @property
+    def spans(self) -> tuple:
+        """`windows`, where none is one that no document fills."""
+        return tuple(window or EVERYTHING for window in self.windows)
 
     @property
     def top(self) -> int:
@@ -129,16 +142,18 @@ class Attention(nn.Module):
                 "v": jax.lax.dynamic_update_slice(cache["v"], v[None], start),
             }
             k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer["index"], keepdims=False) for name in "kv")
-        before = 0
-        if "prefix" in layer:
-            first = [jnp.broadcast_to(layer["prefix"][name], (len(k), *layer["prefix"][name].shape[1:])) for name in "kv"]
-            k, v = (jnp.concatenate([x.astype(k.dtype), own], axis=1) for x, own in zip(first, (k, v), strict=True))
-            before = c.virtual
-        scores = {"scale": None if c.query_size is None else c.query_size**-0.5, "cap": c.score_cap, "window": layer.get("window")}
+        kept = {"k": k, "v": v} if "keep" in where else None
+        for name in ("read", "prefix"):  # what stands before, of as many rows or fewer
+            if name in layer:
+                first = [repeated(layer[name][of], len(k)) for of in "kv"]
+                k, v = (jnp.concatenate([x.astype(k.dtype), own], axis=1) for x, own in zip(first, (k, v), strict=True))
+        before = c.virtual if "prefix" in layer else 0
+        scores = {"scale": None if c.query_size is None else c.query_size**-0.5, "cap": c.score_cap}
+        scores |= {"window": layer.get("window"), "windows": c.spans, "implementation": c.attention}
         out = attend(q, k, v, where["segments"], where["key_segments"], at=where["at"], before=before, **scores)
         std = 0.02 / (2 * c.layers) ** 0.5
         back = Linear((c.heads, c.head_dim, c.width), ("heads", "head", "embed"), 2, c.out_bias, std, c.adapter, name="o")
-        return back(out), cache
+        return back(out), cache, kept
 
 
 class Block(nn.Module):
@@ -153,11 +168,11 @@ class Block(nn.Module):
         def norm(x, name, here):
             return Norm(c, name=name)(x) if here else x
 
-        out, cache = Attention(c, name="attention")(norm(x, "attention_norm", before), where, cache, layer)
+        out, cache, kept = Attention(c, name="attention")(norm(x, "attention_norm", before), where, cache, layer)
         attended = x + norm(out, "attention_post_norm", after)
         out = Mlp(c, (0.02, 0.02 / (2 * c.layers) ** 0.5), name="mlp")(norm(x if c.parallel else attended, "mlp_norm", before))
         x = attended + norm(out, "mlp_post_norm", after)
-        return (constrain_rows(x), cache), None
+        return (constrain_rows(x), cache), kept
 
 
 class Embedding(nn.Module):
@@ -222,10 +237,16 @@ class Decoder(nn.Module):
         if c.scalar is not None:
             self.scalar = Scalar(c)
 
-    def __call__(self, tokens, segments, cache=None, at=0):
+    def __call__(self, tokens, segments, cache=None, at=0, read=None, keep=False):
+        """-> hidden [B,T,D], cache.
+
+        Args: read: what stands before these tokens, of B/n rows, as a call with `keep` gave it in the place of a cache.
+        """
         c, keys = self.config, segments
         if cache is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments, at, 1)
+        if read is not None:
+            keys, at = jnp.concatenate([repeated(read["segments"], len(tokens)), segments], axis=1), read["segments"].shape[1]
         columns = c.virtual + keys.shape[1]
         if columns > c.context and c.positions == "learned":
             raise ValueError(f"rows of {columns} tokens, but this model has {c.context} learned positions")
@@ -233,7 +254,7 @@ class Decoder(nn.Module):
         where = {"segments": segments, "key_segments": keys, "positions": positions, "at": at}
         layers = {"index": jnp.arange(c.layers)}  # what differs from layer to layer
         if c.windows:
-            layers["window"] = jnp.asarray([window or EVERYTHING for window in c.windows])
+            layers["window"] = jnp.asarray(c.spans)
         if c.positions == "rope":
             size = int(c.head_dim * c.rope_fraction)
             kinds = [frequencies(size, c.rope_theta, c.rope_scaling)]
@@ -242,33 +263,35 @@ class Decoder(nn.Module):
                 layers["rope"] = jnp.asarray([int(window > 0) for window in c.windows])
             where["inverse"] = jnp.stack(kinds)
         if c.virtual:
-            layers["prefix"] = self.virtual(cache, layers, where)
+            layers["prefix"] = self.virtual(cache or read or {}, layers, where)
+        if read is not None:
+            layers["read"] = {"k": read["k"], "v": read["v"]}
         x = constrain_rows(self.embed(tokens, positions))
         kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-        x, kv = self.through(x, kv, layers, where)
-        if cache is not None:
-            cache = {**kv, "segments": keys} | {name: layers[name] for name in layers.keys() & {"prefix"}}
+        x, kv, kept = self.through(x, kv, layers, where | ({"keep": ()} if keep else {}))
+        if cache is not None or keep:
+            cache = {**(kept if keep else kv), "segments": keys} | {name: layers[name] for name in layers.keys() & {"prefix"}}
         return self.norm(x), cache
 
     def through(self, x, kv, layers, where):
-        """All layers, one after the other. -> x, cache"""
+        """All layers, one after the other. -> x, cache, keys and values [L,B,T,G,K] where they are to be kept"""
         below = self.config.layers - self.config.top
-        (x, kv), _ = self.layers((x, kv), jax.tree.map(lambda of: of[:below], layers), where)
+        (x, kv), kept = self.layers((x, kv), jax.tree.map(lambda of: of[:below], layers), where)
         if self.config.top:
-            (x, kv), _ = self.last((x, kv), jax.tree.map(lambda of: of[below:], layers), where)
-        return x, kv
+            (x, kv), more = self.last((x, kv), jax.tree.map(lambda of: of[below:], layers), where)
+            kept = jax.tree.map(lambda *of: jnp.concatenate(of), kept, more)
+        return x, kv, kept
 
     def virtual(self, cache, layers, where):
         """Keys and values of the virtual tokens, {"k", "v"} [L,1,P,G,K]; a cache keeps what was read of them."""
         c = self.config
-        if cache is not None and "prefix" in cache:
+        if "prefix" in cache:
             return cache["prefix"]
         if c.adapter.kind == "prefix":
             return self.prefix()
         ones, positions = jnp.ones((1, c.virtual), jnp.int32), jnp.arange(c.virtual)[None]
-        blank = jnp.zeros((c.layers, 1, c.virtual, c.kv_heads, c.head_dim), c.dtype)
-        alone = where | {"segments": ones, "key_segments": ones, "positions": positions, "at": 0}
-        return self.through(self.embed.place(self.prompt(), positions), {"k": blank, "v": blank}, layers, alone)[1]
+        alone = where | {"segments": ones, "key_segments": ones, "positions": positions, "at": 0, "keep": ()}
+        return self.through(self.embed.place(self.prompt(), positions), None, layers, alone)[2]
 
     def unembed(self, hidden):
         kernel = self.embed.tokens if self.config.tied else self.head()
@@ -292,10 +315,17 @@ def build(config: DecoderConfig) -> Model:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return module.init(key, tokens, jnp.ones_like(tokens), method="everything")["params"]
 
-    def apply(params, tokens, segments, cache=None, at=0, source=None, source_segments=None):
+    def apply(params, tokens, segments, cache=None, at=0, source=None, source_segments=None, shared=(1, 0)):
         if source is not None:
             raise ValueError("the rows have a source, but a decoder alone has no encoder to read it")
-        return module.apply({"params": params}, tokens, segments, cache, at)
+        group, columns = shared
+        if cache is not None or group == 1:
+            return module.apply({"params": params}, tokens, segments, cache, at)
+        prompts = tokens[::group, :columns], segments[::group, :columns]
+        first, read = module.apply({"params": params}, *prompts, keep=True)
+        rest, _ = module.apply({"params": params}, tokens[:, columns:], segments[:, columns:], read=read)
+        hidden = jnp.concatenate([repeated(first, len(tokens)), rest], axis=1)
+        return if_same(hidden, (prompts[0], tokens[:, :columns]), (prompts[1], segments[:, :columns])), None
 
     def unembed(params, hidden):
         return module.apply({"params": params}, hidden, method="unembed")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, normal, stacked
+from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, if_same, normal, repeated, stacked
 from jaxalign.shard import constrain_rows, declared
 from jaxalign.types import Model
 
@@ -47,6 +47,7 @@ class EncDecConfig:
     scalar: float | None = None  # std of a scalar head's first kernel (0 for a value head); None: no such head
     dtype: str = "float32"  # of activations and of the weights as they are used; parameters stay float32
     remat: str = "none"  # what a layer's backward pass recomputes: parts.REMAT
+    attention: str = "xla"  # how it is computed: no other way has a bias of distances
     adapter: Adapter | None = None  # what is trained instead of all, of kinds lora, ia3, last (of the decoder) and head; None: all
 
     norm = "rms"  # what Norm and Mlp ask for, and T5 has in one way
@@ -59,7 +60,7 @@ class EncDecConfig:
             raise ValueError(f"adapter kind = {self.adapter.kind!r} is for decoders; an encoder-decoder has the others")
         if not self.top < self.layers:
             raise ValueError(f"adapter layers = {self.top}: fewer than all {self.layers} of the decoder")
-        for name, values in (("activation", ACTIVATIONS), ("remat", REMAT)):
+        for name, values in (("activation", ACTIVATIONS), ("remat", REMAT), ("attention", ("xla",))):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; there are {', '.join(values)}")
         if self.buckets < 4 or self.buckets % 2 or self.furthest <= self.buckets // 2:
@@ -192,13 +193,17 @@ class EncoderDecoder(nn.Module):
         if c.scalar is not None:
             self.scalar = Scalar(c)
 
-    def __call__(self, tokens, segments, cache=None, at=0, source=None, source_segments=None):
+    def __call__(self, tokens, segments, cache=None, at=0, source=None, source_segments=None, group=1):
         cache = {} if cache is None else cache
         keys, kept, encoded = segments, cache.get("source"), None
         if "segments" in cache:
             keys = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments, at, 1)
         if source is not None:
-            encoded, _, _ = self.encoder(constrain_rows(self.embed(source)), source_segments, source_segments)
+            of_group = source[::group], source_segments[::group]  # rows that share a source
+            encoded, _, _ = self.encoder(constrain_rows(self.embed(of_group[0])), of_group[1], of_group[1])
+            if group > 1:
+                encoded = repeated(encoded, len(source))
+                encoded = if_same(encoded, (of_group[0], source), (of_group[1], source_segments))
             kept = None
         elif kept is None:
             raise ValueError("the rows have no source, which an encoder-decoder needs: prompts go there (data.text.source_target)")
@@ -247,8 +252,9 @@ def build(config: EncDecConfig) -> Model:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return module.init(key, tokens, jnp.ones_like(tokens), method="everything")["params"]
 
-    def apply(params, tokens, segments, cache=None, at=0, source=None, source_segments=None):
-        return module.apply({"params": params}, tokens, segments, cache, at, source, source_segments)
+    def apply(params, tokens, segments, cache=None, at=0, source=None, source_segments=None, shared=(1, 0)):
+        group = 1 if cache is not None else shared[0]
+        return module.apply({"params": params}, tokens, segments, cache, at, source, source_segments, group)
 
     def unembed(params, hidden):
         return module.apply({"params": params}, hidden, method="unembed")

@@ -258,7 +258,7 @@ def write_config(name: str, config: Config) -> dict:
     if family.config is EncDecConfig:
         raw |= write_forward(raw) | {"is_encoder_decoder": True}
     raw["model_type"] = name
-    own = {"dtype": config.dtype, "remat": config.remat, "scalar": config.scalar}
+    own = {name: getattr(config, name) for name in ("dtype", "remat", "attention", "scalar")}
     again = read_config(raw, f"family {name}", **own)[1]
     names = [x.name for x in dataclass_fields(config)]
     if lost := [f"{x}={getattr(config, x)!r}" for x in names if getattr(config, x) != getattr(again, x)]:

@@ -149,6 +149,17 @@ def stacked(block, count: int, config, *args):
     )(config, *args)
 
 
+def repeated(x, rows: int):
+    """Each row of x as often as makes so many."""
+    return jnp.repeat(x, rows // len(x), axis=0)
+
+
+def if_same(hidden, *pairs):
+    """The hidden states [B,T,D], NaN in rows for which the parts of a pair, [B/n,S] and [B,S], differ: nothing is learned from them."""
+    same = jnp.stack([(repeated(of_group, len(own)) == own).all(axis=1) for of_group, own in pairs])
+    return jnp.where(same.all(axis=0)[:, None, None], hidden, jnp.nan)
+
+
 class Norm(nn.Module):
     config: Any
     shape: tuple = ()  # of the last axes of x, which are normalised together; (): the width

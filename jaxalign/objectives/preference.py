@@ -161,9 +161,14 @@ def summed_logp(params, batch: Batch, *, model: Model):
     return masked_sum(said.logp, batch.targets, 1), batch.targets.sum(1)
 
 
+def _of_both(params, data: Pairs, model):
+    """`summed_logp` of chosen and rejected, by one forward pass; f32 [B,2] both."""
+    return tuple(x.reshape(-1, 2) for x in summed_logp(params, stack(data.chosen, data.rejected), model=model))
+
+
 def with_reference(params, data: Pairs, *, model: Model) -> Pairs:
     """The pairs with the log-probabilities of this model, the reference, as the objectives compute the policy's."""
-    chosen, rejected = jnp.split(summed_logp(params, stack(data.chosen, data.rejected), model=model)[0], 2)
+    chosen, rejected = _of_both(params, data, model)[0].T
     return data.replace(ref_chosen=chosen, ref_rejected=rejected)
 
 
@@ -222,18 +227,16 @@ class _Pair(NamedTuple):
 
 def _of_policy(params, data, model, beta, *, reference=False, per_token=False) -> _Pair:
     """r = beta log pi, or beta log pi/ref; of sums over tokens, or of means. A pair that does not count has -1 nat a token."""
-    logp, tokens = summed_logp(params, stack(data.chosen, data.rejected), model=model)
-    weight = (tokens > 0).reshape(2, -1).all(0).astype(jnp.float32)
-    counts = jnp.tile(weight, 2) > 0
+    logp, tokens = _of_both(params, data, model)
+    counts = (tokens > 0).all(1, keepdims=True)
     tokens = jnp.where(counts, tokens, 1)
     r = logp = jnp.where(counts, logp, -1)
     if reference:
         if data.ref_chosen is None or data.ref_rejected is None:
             raise ValueError("this objective needs the reference's log-probabilities in the data: see preference.with_reference")
-        r = logp - masked(jnp.concatenate([data.ref_chosen, data.ref_rejected]), counts)
+        r = logp - masked(jnp.stack([data.ref_chosen, data.ref_rejected], axis=1), counts)
     r = beta * (r / tokens if per_token else r)
-    nll = -jnp.split(logp / tokens, 2)[0]
-    return _Pair(*jnp.split(r, 2), *jnp.split(logp, 2), nll, weight)
+    return _Pair(*r.T, *logp.T, nll=-(logp / tokens)[:, 0], weight=counts[:, 0].astype(jnp.float32))
 
 
 def _sums(loss, pair: _Pair):

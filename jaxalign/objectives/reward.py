@@ -151,8 +151,8 @@ def process(params, data: Stepwise, *, model: Model):
 
 
 def stack(*batches: Batch) -> Batch:
-    """K batches [B,T] in one of [KB,T], for one forward pass."""
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+    """K batches [B,T] in one of [BK,T], for one forward pass: the first row of each, the second of each, ..."""
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *batches)
 
 
 def _there(batch: Batch):
@@ -168,7 +168,7 @@ def _of_two(params, first, second, model):
 def _of_many(params, responses, model):
     """Each response's score and whether it is there, [B,K], by one forward pass."""
     scores = score.last_scalar(model, params, stack(*responses))
-    return scores.reshape(len(responses), -1).T, jnp.stack([_there(one) for one in responses], axis=1)
+    return scores.reshape(-1, len(responses)), jnp.stack([_there(one) for one in responses], axis=1)
 
 
 def _sums(loss, first, second, weight, p=1.0):

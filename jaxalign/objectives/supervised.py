@@ -103,7 +103,7 @@ def _read(params, texts, model):
     """The state at each text's last real token, f32 [B,S,D], and the mean of -log p of the row's targets, nats [B]."""
 
     def by_row(x):
-        return x.reshape(len(texts), -1, x.shape[-1]).swapaxes(0, 1)  # [SB,...] -> [B,S,...]
+        return x.reshape(-1, len(texts), x.shape[-1])  # [BS,...] -> [B,S,...]
 
     every = stack(*texts)
     hidden, _ = model.read(params, every)
@@ -114,7 +114,7 @@ def _read(params, texts, model):
 
 
 def _classified(logits, lm, data: Classified, lm_weight):
-    weight = (stack(*data.texts).targets > 0).any(1).reshape(len(data.texts), -1).any(0).astype(jnp.float32)
+    weight = (stack(*data.texts).targets > 0).any(1).reshape(-1, len(data.texts)).any(1).astype(jnp.float32)
     loss = supervised.classification(logits, data.label)
     sums = {
         "weight": weight.sum(),
