@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from configs import LOOP, hypergradient, ppo, sweep
-from experiments import classify, common, named, new_objective, reward, sft
+from experiments import classify, common, evaluate, judge, named, new_objective, prompt, reward, sft
 from experiments.settings import RULES, check
 from jaxalign import rewards, rollout, sample, shard
 from jaxalign.models.decoder import DecoderConfig
@@ -32,7 +32,7 @@ BUILT = [(name, variant) for name, path in FILES.items() for variant in (None, *
 
 # section: (the function that it is splatted into, the arguments that are not for a config to say: the driver's, and tests')
 MESH = {"mesh": (shard.make_mesh, ("devices",))}
-SAMPLE = {"sample": (sample.sample, ("model", "params", "keys", "prompts", "eos"))}
+SAMPLE = {"sample": (sample.sample, ("model", "params", "keys", "prompts", "eos", "allowed"))}
 TRAINING = {
     "optim": (optim.adam, ("steps",)),
     "guard": (step.make_step, ("objective", "tx", "accumulate", "hold_above")),
@@ -49,11 +49,18 @@ FINE_TUNING = {
     **ADAPTER,
     "data": (sft.documents, ("tokenizer", "seed", "start")),
     "scratch.architecture": (DecoderConfig, ("vocab", "dtype", "remat")),
+    "evaluate": (evaluate.hook, ("loaded", "mesh", "workdir")),
 }
+ASKED = {"task": (prompt.task_of, ("seed",))}
 GIVEN = ("batch", "logp", "ref_logp", "value", "scores", "beta")
 EARNED = (*GIVEN, "earned")
 SPLATTED = {
     "sample": {**MESH, **SAMPLE},
+    "harness": MESH,
+    "prompt": {**MESH, **ASKED, "curve": (prompt.curves, ("ask", "task"))},
+    "prompt_search": {**MESH, **ASKED},
+    "evaluate": {**MESH, **SAMPLE},
+    "judge": {**MESH, "pairs": (judge.pairs, ("ours", "theirs"))},
     "sft": {**FINE_TUNING, "objective": (supervised.sft, ("params", "data", "model"))},
     "new_objective": {**FINE_TUNING, "objective": (new_objective.trusting_sft, ("params", "data", "model"))},
     "compare": {**MESH, **SAMPLE, **PROMPTS},
@@ -194,11 +201,11 @@ def test_what_is_said_once_holds_for_every_stage(name, variant):
     config.model.update(source="there", tokenizer="its", dtype="bfloat16", remat="full")
     for kind, settings in every(config, name):
         found = log.plain(settings.copy_and_resolve_references())
-        assert found["seed"] == 7 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+        assert found["seed"] == 7 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
         assert (found["model"] == config.model.to_dict()) == (kind in same), kind
 
 
-@pytest.mark.parametrize("setting", ["norm", "activation", "positions", "remat"])
+@pytest.mark.parametrize("setting", ["norm", "activation", "positions", "remat", "attention"])
 def test_an_architecture_of_an_unknown_kind_is_refused(setting):
     settings = built("sft", "tiny").scratch.architecture.to_dict()
     with pytest.raises(ValueError, match=f"{setting} = 'swish'; there are "):
@@ -249,6 +256,7 @@ RIGHT = {  # of those, what a setting may be, beside what its config says
     "data.count": (0,),
     "data.margin": ("", "{margin}", "{scores[0]}"),
     "sample.top_k": (0,),
+    "shots": (None,),
     "sample.slots": (0,),
     "sample.top_p": (1, 0.1),
     "evaluate.samples": (0,),
@@ -379,8 +387,9 @@ def test_a_stage_is_checked_by_its_path():
             {"run.group": 3},
             r"run.batch = 16: it is a multiple of run.minibatches 2 x run.accumulate 1 x run.group 3 = 6, such as 18",
         ),
-        ({"mesh.data": 3}, r"mesh data=3, fsdp=1, tensor=1 needs 3 devices, here are 8; -1 fills one axis"),
+        ({"mesh.data": 3}, r"mesh data=3, fsdp=1, tensor=1, sequence=1 needs 3 devices, here are 8; -1 fills one axis"),
         ({"mesh.data": 4, "mesh.tensor": 4}, r"needs 16 devices, here are 8"),
+        ({"mesh.sequence": 2}, r"^model.attention = xla: with mesh.sequence > 1 it is ring$"),
         ({"stages.compare.run.batch": 4}, r"stages\.compare\.run\.batch = 4: it is a multiple of mesh.data 8"),
         ({"stages.sft.scratch.architecture.kv_heads": 3}, r"stages.sft.scratch.architecture.kv_heads = 3: it divides heads = 2"),
         ({"stages.sft.adapter.kind": "lora"}, r"stages.sft.adapter.kind = lora: a model from scratch has nothing to adapt"),
