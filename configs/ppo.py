@@ -55,8 +55,8 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     }
     # stop_kl: nats a token from the policy that sampled (approx_kl), above which the rest of a rollout's updates is not applied;
     # most_abstained: share of responses whose reward may fail. group: responses to a prompt, of the batch's. reuse: iterations that
-    # responses serve, with importance weights of at most importance_cap. rescore: the policy reads its responses once more, so that
-    # the first ratio is 1 and the first KL 0, exactly; False takes what the sampler said, which saves that and is equal to rounding.
+    # responses serve, with importance weights of at most importance_cap. rescore: the policy reads its responses again, so that the
+    # first ratio is 1 and the first KL 0, exactly; False takes what the sampler said, which saves that and is equal to rounding.
     # critic: "shared", a head on the policy's trunk, or "own", which starts as the reward model
     config.run = {
         "iterations": 60,

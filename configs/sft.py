@@ -59,7 +59,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.loop = LOOP
     config.evaluate = {
         "every": 0,  # updates between two looks at the held-out rows, beside those before and after; 0: none
-        "tasks": "",  # configs of experiments.evaluate to look at as often, such as "configs/evaluate.py:mmlu", with commas between
+        "tasks": "",  # variants of configs/evaluate.py to look at as often, with commas between
         "count": 0,  # examples of each, spread evenly over its file; 0: as its config says
     }
     return VARIANTS[variant](config)

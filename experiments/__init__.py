@@ -4,9 +4,9 @@ import os
 import sys
 
 if sys.platform == "linux" and sys.argv[0] == "-m" and "GLIBC_TUNABLES" not in os.environ:
-    # XLA's CPU backend takes memory anew for every step, and in large pages it is there sooner (PERFORMANCE.md). The C library reads
-    # this where a process begins, so the command begins once more, before it has imported anything.
+    # XLA's CPU backend takes memory anew for every step, and in large pages it is there sooner (PERFORMANCE.md). The C library
+    # reads this where a process begins, so the command begins once more, before it has imported anything.
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, sys.orig_argv)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say at every start that there is no PyTorch

@@ -10,6 +10,7 @@ twice. Everything is float32, on one device, every length fixed, without remat. 
 out.
 """
 
+import itertools
 import json
 import resource
 import statistics
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxalign import keys, rollout, score, shard
+from jaxalign.data import tables, text
 from jaxalign.models import decoder
 from jaxalign.objectives import online, preference, reward, supervised
 from jaxalign.ops import advantages
@@ -42,9 +44,18 @@ SHAPES = {  # S: small; M: SmolLM2-135M's; tiny: shows in seconds that all runs
     "M": {"layers": 30, "width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp": 1536, "vocab": 49152, "tied": True},
 }
 SIZES = {  # rows or pairs, tokens before the first target, tokens from there on; GRPO's rows are groups of 4 samples
-    "tiny": {"sft": (2, 0, 8), "rm": (1, 4, 4), "dpo": (1, 4, 4), "gen": (2, 4, 4), "ppo": (4, 4, 4), "grpo": (4, 4, 4)},
+    "tiny": {
+        "sft": (2, 0, 8),
+        "ragged": (1, 0, 512),
+        "rm": (1, 4, 4),
+        "dpo": (1, 4, 4),
+        "gen": (2, 4, 4),
+        "ppo": (4, 4, 4),
+        "grpo": (4, 4, 4),
+    },
     "S": {
         "sft": (8, 0, 256),
+        "ragged": (4, 0, 512),
         "rm": (4, 128, 128),
         "dpo": (4, 128, 128),
         "gen": (8, 64, 64),
@@ -53,6 +64,7 @@ SIZES = {  # rows or pairs, tokens before the first target, tokens from there on
     },
     "M": {
         "sft": (2, 0, 256),
+        "ragged": (1, 0, 512),
         "rm": (1, 128, 128),
         "dpo": (1, 128, 128),
         "gen": (4, 32, 32),
@@ -63,7 +75,7 @@ SIZES = {  # rows or pairs, tokens before the first target, tokens from there on
 LIKE = {"score": "ppo", "update": "ppo"}  # parts of a PPO iteration alone: log-probabilities, and the update of policy and critic
 GROUP = 4
 STEPS = {"tiny": (1, 2), "S": (2, 9), "M": (1, 5)}  # not measured, measured
-TASKS = ("limits", "sft", "rm", "dpo", "update", "score", "gen", "ppo", "grpo")
+TASKS = ("limits", "sft", "ragged", "rm", "dpo", "update", "score", "gen", "ppo", "grpo")
 PRODUCTS = ((512, 576, 1536), (2048, 256, 1024), (1024, 1024, 1024), (2048, 2048, 2048))  # m x k times k x n
 BIG = 2**27  # floats to read or to write: 512 MiB, more than any cache
 
@@ -104,6 +116,7 @@ def flops_of(task: str, shape: str) -> float:
     drawn = decode_work(shape, rows, prompt, new)[0]
     return {
         "sft": 3 * lm,
+        "ragged": 3 * scalar,  # few of its tokens have logits
         "rm": 3 * scalar,
         "dpo": 4 * lm,  # with the reference's
         "update": 3 * (lm + scalar),
@@ -126,7 +139,7 @@ def tokens_of(task: str, shape: str) -> int:
 class Bench:
     """Each method that a task names makes what it needs, and returns () -> arrays to wait for: one step.
 
-    spans: seconds of the parts of the last whole iteration.
+    spans: seconds of the parts of the last whole iteration; targets: tokens a step that are learned, where it is not all.
     """
 
     def __init__(self, shape: str, size):
@@ -135,7 +148,7 @@ class Bench:
         self.config = partial(decoder.DecoderConfig, **SHAPES[shape], context=512)
         self.rows, self.prompt, self.new = size
         self.plain, self.scalar = decoder.build(self.config()), decoder.build(self.config(scalar=0.02))
-        self.spans, self.drawn = {}, 0
+        self.spans, self.drawn, self.targets = {}, 0, None
 
     def params(self, model, seed: int = 0):
         return shard.create(model.init, self.mesh, jax.random.key(seed))[0]
@@ -168,6 +181,19 @@ class Bench:
 
     def sft(self):
         return partial(self.updates(supervised.sft, self.plain), self.batch())
+
+    def ragged(self):
+        """SFT on the documents of --documents, prompts masked, whole documents packed in rows: each step on others."""
+        kept = [one for one in read(flags.FLAGS.documents) if len(one["prompt"] + one["completion"]) <= self.new]
+        ids = [{side: [n % self.vocab for n in one[side]] for side in ("prompt", "completion")} for one in kept]
+        rows = tables.pack([text.of_ids(**one, vocab=self.vocab) for one in ids], self.new)
+        batches = []
+        for step in range(len(rows) // self.rows):
+            numbers = tables.order(len(rows), self.rows, seed=0, step=step)
+            batches.append(tables.pack_rows([rows[n] for n in numbers], self.new))
+        self.targets = float(np.mean([(batch.weights > 0).sum() for batch in batches]))
+        update, turn = self.updates(supervised.sft, self.plain), itertools.cycle(batches)
+        return lambda: update(shard.place(next(turn), self.mesh))
 
     def pairs(self):
         return Pairs(self.batch(), self.batch(), *shard.place([np.zeros(self.rows, np.float32)] * 3, self.mesh))
@@ -298,9 +324,10 @@ def measure(task: str, shape: str) -> dict:
     first = laps(one, 0, 1)[0]
     seconds = laps(one, before, steps)
     median = statistics.median(seconds)
+    tokens = bench.targets or tokens_of(task, shape)
     line = {
         **{"peer": "jaxalign", "task": task, "shape": shape, "median_s": median, "min_s": min(seconds), "max_s": max(seconds)},
-        **{"n": steps, "tokens": tokens_of(task, shape), "tokens_per_s": tokens_of(task, shape) / median},
+        **{"n": steps, "tokens": tokens, "tokens_per_s": tokens / median},
         **{"gflops": flops_of(task, shape) / median / 1e9, "first_s": first, "compile_s": sum(compiled[made:])},
         **{"compiles": len(compiled) - made, "peak_rss_mib": peak_mib(), "wall": seconds, "jax": jax.__version__},
     }
@@ -400,11 +427,12 @@ def main(_):
     peers, lines = read(given.against) if given.against else [], []
     Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     with open(given.out, "w") as out:
-        for one in [[task] if task == "limits" else [task, shape] for shape in given.shapes for task in given.tasks]:
+        tasks = [task for task in given.tasks if task != "ragged" or given.documents]
+        for one in [[task] if task == "limits" else [task, shape] for shape in given.shapes for task in tasks]:
             if one == ["limits"] and lines:
                 continue
             print(" ".join(one), file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "experiments.benchmark", f"--one={','.join(one)}"]
+            command = [sys.executable, "-m", "experiments.benchmark", f"--one={','.join(one)}", f"--documents={given.documents}"]
             found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             out.write(found)
             out.flush()
@@ -417,5 +445,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("tasks", list(TASKS), "Of these.")
     flags.DEFINE_string("out", "runs/benchmark.jsonl", "Where the results go, a line each.")
     flags.DEFINE_string("against", "", "Results of others on the same machine, lines of the same names, to be compared.")
+    flags.DEFINE_string("documents", "", "For `ragged`, which wants them: a .jsonl of prompt and completion, lists of ids.")
     flags.DEFINE_list("one", [], "What the program calls itself with: a task and a shape, to measure in this process.")
     app.run(main)

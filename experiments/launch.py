@@ -108,6 +108,16 @@ def _parse(name: str, folder: bool, arguments):
         sys.exit(f"no such setting or value: {cause}\nThe settings of {path}, and what they mean, are in that file.")
 
 
+def config_of(name: str, variant: str):
+    """The settings of this project's configs/NAME.py:VARIANT, checked. ValueError where there is no such variant."""
+    known = runpy.run_path(str(Path(__file__).parents[1] / "configs" / f"{name}.py"))
+    if variant not in known["VARIANTS"]:
+        raise ValueError(f"{variant!r} is no variant of configs/{name}.py; there are {', '.join(known['VARIANTS'])}")
+    config = known["get_config"](variant)
+    check(config)
+    return config
+
+
 def keep_compiled():
     """Keep compiled programs in the user's cache, for the next start, unless JAX's own settings say where, or "" for nowhere.
 

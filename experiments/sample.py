@@ -1,8 +1,8 @@
 """Answers from any model: python -m experiments.sample --config=configs/sample.py --config.prompt="..."
 
 A line of --config.output has the prompt; the text; tokens, its ids; logp of each, in nats at the sampling temperature (1 where
-the text was greedy or given; a plain text that is given is scored without EOS); total, their sum; and drawn_logp, of what top-k or
-top-p left each token to be drawn from.
+the text was greedy or given; a plain text that is given is scored without EOS); total, their sum; and drawn_logp, of what top-k,
+top-p or `constraint`, a regular expression or a set of answers, left each token to be drawn from.
 """
 
 from contextlib import nullcontext
@@ -14,6 +14,7 @@ import numpy as np
 from experiments import common, launch
 from jaxalign import keys, sample, score, shard
 from jaxalign.data import tables, text
+from jaxalign.prompts import constrain
 from jaxalign.train import log
 
 
@@ -31,14 +32,30 @@ def documents(config, tokenizer, start=None):
     return prompts, [common.document(tokenizer, prompt, config.completion or None, **how) for prompt in prompts]
 
 
-def draw(params, row_keys, prompts, *, model, **settings):
+def allowed_by(config, loaded, prompt: text.Document):
+    """The constraint's table of tokens (jaxalign.prompts.constrain), None for none. ValueError for two, or without an EOS."""
+    pattern, answers, eos = config.constraint.regex, config.constraint.answers, loaded.tokenizer.eos_token_id
+    if not (pattern or answers):
+        return None
+    if pattern and answers:
+        raise ValueError("constraint.regex and constraint.answers are both given: an answer is held to one of them")
+    if eos is None:
+        raise ValueError("this tokenizer has no EOS token, so there is no telling where a constrained answer ends")
+    known = {"vocab": loaded.model.config.vocab, "eos": eos}
+    if pattern:
+        return constrain.to_regex(loaded.tokenizer, pattern, **known)
+    before = loaded.tokenizer.decode(prompt.tokens[-1:], skip_special_tokens=True)
+    return constrain.to_answers(loaded.tokenizer, answers, before=before, **known)
+
+
+def draw(params, allowed, row_keys, prompts, *, model, **settings):
     """Responses. -> (Batch, {"logp", and "drawn_logp" where it is another})"""
-    batch, logp, drawn_logp = sample.sample(model, params, row_keys, prompts, **settings)
-    cut = settings["temperature"] > 0 and (settings["top_k"] > 0 or settings["top_p"] < 1)
+    batch, logp, drawn_logp = sample.sample(model, params, row_keys, prompts, allowed=allowed, **settings)
+    cut = allowed is not None or (settings["temperature"] > 0 and (settings["top_k"] > 0 or settings["top_p"] < 1))
     return batch, {"logp": logp} | ({"drawn_logp": drawn_logp} if cut else {})
 
 
-def judge(params, _, batch, *, model):
+def judge(params, _, __, batch, *, model):
     """What the model says of texts that are given. -> (Batch, {"logp"})"""
     return batch, {"logp": score.evaluate(model, params, batch)[0].logp}
 
@@ -57,10 +74,11 @@ def answers(config, write):
     length = tables.bucket(max(len(document.tokens) for document in found), 16)
     source_length = tables.bucket(max(0 if document.source is None else len(document.source) for document in found), 16)
     if config.completion:
-        work, side, draws = partial(judge, model=loaded.model), "right", 1
+        work, side, draws, allowed = partial(judge, model=loaded.model), "right", 1, None
     else:
         eos = -1 if loaded.tokenizer.eos_token_id is None else loaded.tokenizer.eos_token_id
         work, side, draws = partial(draw, model=loaded.model, eos=eos, **config.sample), "left", config.draws
+        allowed = allowed_by(config, loaded, found[0])
     work = shard.on_mesh(jax.jit(work), mesh)
     numbers = np.repeat(np.arange(len(found)), draws)
     row_keys = keys.of_rows(keys.key(config.seed, "sample"), numbers)
@@ -68,7 +86,7 @@ def answers(config, write):
     for rows, count in common.parts(list(range(len(numbers))), config.batch):
         padded = tables.pad([found[numbers[row]] for row in rows], length, side=side, source_length=source_length)
         placed = shard.place(tables.check(padded, loaded.model.config.vocab, targets=False), mesh)
-        batch, values = shard.fetch(work(loaded.params, row_keys[np.array(rows)], placed))
+        batch, values = shard.fetch(work(loaded.params, allowed, row_keys[np.array(rows)], placed))
         for r, row in list(enumerate(rows))[:count]:
             written = batch.weights[r] > 0
             tokens = batch.tokens[r][written]

@@ -4,7 +4,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from experiments import common, launch
+from experiments import common, evaluate, launch
 from jaxalign import shard
 from jaxalign.data import tables, text
 from jaxalign.objectives.supervised import sft
@@ -50,6 +50,8 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=sf
         batch = tables.pack_rows([rows[n] for n in numbers], **lengths)
         return shard.place(tables.check(batch, loaded.model.config.vocab), mesh)
 
+    asked = evaluate.hook(loaded, mesh, workdir, **config.evaluate)
+
     def watched(done, state):
         every = config.evaluate.every
         return {"nll/held_out": means(state.model_params)["loss/nll"]} if every and done % every == 0 else {}
@@ -65,7 +67,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=sf
         data_at,
         workdir=workdir,
         stop=config.run.steps,
-        hooks=[watched],
+        hooks=[watched, asked],
         config=config,
         identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest, "data": texts},
         tokens_per_step=config.run.batch * config.data.length,

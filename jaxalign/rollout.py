@@ -68,10 +68,10 @@ def describe(rollout: Rollout, entropy=None, *, eos: int, group: int = 1) -> dic
     """What to log of a rollout, before any update.
 
     policy/kl (k1, nats a response: the sum over tokens), policy/kl_k2 and policy/kl_k3 (other estimates of it), policy/entropy
-    (nats a token; where it is given), policy/length (tokens), policy/eos_rate; reward/score, reward/score_std, reward/total (score less KL penalty, a
-    response); reward/abstained, the share of responses that have no score, of which nothing else here speaks; value/explained, 1 -
-    var(target - value)/var(target); advantage/std, before whitening. With groups, reward/equal, the share of those whose scores are
-    all equal, so that nothing can be learned from them.
+    (nats a token; where it is given), policy/length (tokens), policy/eos_rate; reward/score, reward/score_std, reward/total (score
+    less KL penalty, a response); reward/abstained, the share of responses that have no score, of which nothing else here speaks;
+    value/explained, 1 - var(target - value)/var(target); advantage/std, before whitening. With groups, reward/equal, the share of
+    those whose scores are all equal, so that nothing can be learned from them.
     """
     weights = rollout.batch.targets
     given = weights.any(axis=1).astype(jnp.float32)
@@ -201,7 +201,10 @@ def with_critic(policy: Model, critic: Model) -> Model:
     def scalar(params, hidden):
         return critic.scalar(params["critic"], hidden[..., width:])
 
-    return Model(replace(policy.config, scalar=critic.config.scalar), init, apply, unembed, scalar, policy.cache)
+    def head(params):
+        return {"policy": policy.head(params["policy"])}
+
+    return Model(replace(policy.config, scalar=critic.config.scalar), init, apply, unembed, scalar, policy.cache, head)
 
 
 def corrected(rollout: Rollout, drawn_logp, *, cap: float) -> Rollout:

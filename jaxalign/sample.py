@@ -12,24 +12,24 @@ from jaxalign.types import Batch, Model
 FIRST = 128  # columns for responses that a cache has at first; they double
 
 
-def choose(u, logits, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+def choose(u, logits, allowed=None, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
     """Draw one token a row. -> (tokens i32 [B], logp f32 [B], drawn_logp f32 [B])
 
-    logp is of the tempered distribution, which scoring and training speak of; drawn_logp of what top-k and top-p left of it.
-    Temperature 0 takes the most likely token; both log-probabilities are then of temperature 1.
-    Args: u [B,2], uniform in [0, 1); logits [B,V].
+    logp is of the tempered distribution, which scoring and training speak of; drawn_logp of what `allowed`, and of that top-k and
+    top-p, left of it. Temperature 0 takes the most likely token; both log-probabilities are then of temperature 1.
+    Args: u [B,2], uniform in [0, 1); logits [B,V]; allowed: i32 [B,V], below 0 for what is never drawn; None: all may be.
     Raises ValueError for a temperature, top_k or top_p below 0.
     """
     if min(temperature, top_k, top_p) < 0:
         raise ValueError(f"temperature = {temperature}, top_k = {top_k}, top_p = {top_p}: none may be below 0")
+    z = logits.astype(jnp.float32) / (temperature or 1)
+    kept = z if allowed is None else jnp.where(allowed >= 0, z, -jnp.inf)
     if temperature == 0:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logp = of_logits(logits, tokens).logp
-        return tokens, logp, logp
-    z = logits.astype(jnp.float32) / temperature
-    kept = filters.top_p(filters.top_k(z, top_k), top_p)
-    tokens = filters.categorical(u, kept)
-    logp = of_logits(logits, tokens, temperature=temperature).logp
+        tokens = jnp.argmax(kept, axis=-1).astype(jnp.int32)
+    else:
+        kept = filters.top_p(filters.top_k(kept, top_k), top_p)
+        tokens = filters.categorical(u, kept)
+    logp = of_logits(logits, tokens, temperature=temperature or 1).logp
     return tokens, logp, logp if kept is z else of_logits(kept, tokens).logp
 
 
@@ -45,6 +45,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     slots: int = 0,
+    allowed=None,
 ):
     """Continue prompts by up to `length` tokens, up to and including EOS. -> (Batch, logp, drawn_logp), each [B, T + length]
 
@@ -55,17 +56,25 @@ def sample(
             in n rows, one behind the other.
         eos: id of the token that ends a response; -1 for none.
         slots: how many rows are decoded at a time: where one ends, another begins. 0: all. It changes no sample.
+        allowed: i32 [S,V], of prompts.constrain: in state s, token v leads to state allowed[s,v]; -1: it is never drawn. A row
+            begins in state 0. A response that has no EOS yet when its length is up is the start of one that is allowed.
+    Raises ValueError where the rows of `allowed` are not as long as the vocabulary.
     """
     (asked, start), rows = prompts.tokens.shape, len(keys)
     if rows % asked:
         raise ValueError(f"{rows} keys for {asked} prompts: each prompt has as many")
+    if allowed is not None and allowed.shape[1] != model.config.vocab:
+        raise ValueError(f"allowed is of a vocabulary of {allowed.shape[1]}, and the model's has {model.config.vocab}")
     group, slots = rows // asked, min(slots or rows, rows)
 
     def draw(state, logits):
         """Rows with a token more, those that live."""
         live, count = state["live"], state["count"]
         u = jnp.take_along_axis(state["u"], count[:, None, None], axis=1, mode="clip")[:, 0]
-        drawn = choose(u, logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        follows = None if allowed is None else jnp.asarray(allowed)[state["place"]]
+        drawn = choose(u, logits, follows, temperature=temperature, top_k=top_k, top_p=top_p)
+        if allowed is not None:
+            state = state | {"place": jnp.take_along_axis(follows, drawn[0][:, None], axis=1)[:, 0]}
         here = live[:, None] & (jnp.arange(length)[None] == count[:, None])
         said = jax.tree.map(lambda x, new: jnp.where(here, new[:, None], x), state["said"], drawn)
         token, count = jnp.where(live, drawn[0], 0), count + live
@@ -81,7 +90,7 @@ def sample(
     prompts = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), prompts)
     last, zeros = prompts.segments[:, -1], jnp.zeros((rows, length), jnp.float32)
     state = {"row": jnp.arange(rows), "u": _uniform(keys, length), "segment": last, "live": last > 0}
-    state |= {"token": 0 * last, "count": 0 * last, "said": (zeros.astype(jnp.int32), zeros, zeros)}
+    state |= {"token": 0 * last, "count": 0 * last, "place": 0 * last, "said": (zeros.astype(jnp.int32), zeros, zeros)}
     state = draw(state, jnp.repeat(model.unembed(params, hidden[:, -1]), group, axis=0))
     state = (_at_once if slots == rows else _in_turn)(model, one, read, state, slots=slots, group=group, start=start, length=length)
 

@@ -1,11 +1,13 @@
 """What a model says of tokens that are given: the only place where a shift happens."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops.chunks import by_chunk
+from jaxalign import shard
+from jaxalign.ops import chunks
 from jaxalign.types import Array, Batch, Model
 
 
@@ -47,6 +49,11 @@ def _tangent(primals, tangents):
     return said, Scores(of_token - of_log_z, of_entropy, of_log_z, dz.mean(-1) - of_log_z)
 
 
+def by_chunk(model: Model, params, one, parts, *, chunk: int = 128):
+    """`ops.chunks.by_chunk` of one(head, parts), on each device's rows; head: what of the parameters unembed reads."""
+    return shard.on_rows(lambda head, parts: chunks.by_chunk(partial(one, head), parts, chunk=chunk), model.head(params), parts)
+
+
 def of_hidden(model: Model, params, hidden, tokens, wanted=None, *, temperature: float = 1.0, chunk: int = 64) -> Scores:
     """Scores of `tokens` [B,T] from the states [B,T,D] that predict them, never holding more than [B,chunk,V] logits.
 
@@ -54,19 +61,21 @@ def of_hidden(model: Model, params, hidden, tokens, wanted=None, *, temperature:
     nothing, and their scores are 0.
     """
 
-    def one(part):
+    def one(head, part):
         hidden, tokens, wanted = part
 
         def said():
-            return of_logits(model.unembed(params, hidden), tokens, temperature=temperature)
+            return of_logits(model.unembed(head, hidden), tokens, temperature=temperature)
 
         return jax.lax.cond(wanted.any(), said, lambda: Scores(*[jnp.zeros(tokens.shape, jnp.float32)] * 4))
 
     if wanted is None or tokens.shape[1] <= chunk:
-        return by_chunk(one, (hidden, tokens, jnp.ones(tokens.shape, bool) if wanted is None else wanted), chunk=chunk)
+        wanted = jnp.ones(tokens.shape, bool) if wanted is None else wanted
+        return by_chunk(model, params, one, (hidden, tokens, wanted), chunk=chunk)
     first = jnp.argsort(~wanted, axis=1)  # columns, those wanted before the others
     hidden = jnp.take_along_axis(hidden, first[..., None], axis=1)
-    moved = by_chunk(one, (hidden, *(jnp.take_along_axis(x, first, axis=1) for x in (tokens, wanted))), chunk=chunk)
+    parts = hidden, *(jnp.take_along_axis(x, first, axis=1) for x in (tokens, wanted))
+    moved = by_chunk(model, params, one, parts, chunk=chunk)
     back = jnp.argsort(first, axis=1)
     return jax.tree.map(lambda x: jnp.take_along_axis(x, back, axis=1), moved)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import struct
 from flax.core import meta
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -80,7 +80,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int =
     if min(sizes) < 1 or np.prod(sizes) != len(devices):
         asked = f"data={data}, fsdp={fsdp}, tensor={tensor}, sequence={sequence}"
         raise ValueError(f"mesh {asked} needs {abs(np.prod(sizes))} devices, here are {len(devices)}; -1 fills one axis")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # jax.make_mesh refuses axes that are a part of a pod's own, such as tensor=4 of 16x16, but for some kinds of chips
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(names, rules=RULES) -> P:
@@ -141,6 +143,19 @@ def constrain_rows(x):
         return x
     one_token = x.ndim == 3 and x.shape[1] == 1
     return jax.lax.with_sharding_constraint(x, P("data", None, "fsdp") if one_token else split_of(x.shape, mesh))
+
+
+def on_rows(function, whole, rows):
+    """function(whole, rows), each device on its own of these rows [B,...], which it treats alike. -> a tree of [B,...]
+
+    Parameters in `whole` are gathered over fsdp once, and their gradient is summed over rows once, whatever loops are in
+    `function`; the compiler would do it in each turn. Nothing else changes, and nothing at all without an `auto_mesh`.
+    """
+    mesh = auto_mesh()
+    if mesh is None or len(jax.tree.leaves(rows)[0]) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return function(whole, rows)
+    split = {"in_specs": (P(), P(ROWS)), "out_specs": P(ROWS), "axis_names": set(ROWS), "check_vma": False}
+    return jax.shard_map(function, **split)(whole, rows)
 
 
 def put(tree, where):

@@ -108,6 +108,7 @@ class Model(NamedTuple):
     unembed: Callable  # (params, hidden [...,D]) -> logits f32 [...,V]
     scalar: Callable  # (params, hidden [...,D]) -> f32 [...], the reward or value head
     cache: Callable  # (rows, T) -> dict for `apply`: "segments" [B,T], other leaves [B,T] or [L,B,T,...]
+    head: Callable = lambda params: params  # (params) -> the part of them that `unembed` reads
 
     def read(self, params, batch: Batch, *cached):
         """`apply` to all that a batch holds. -> (hidden [B,T,D], cache). Args: cached: cache and at."""

@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from configs import environment as environment_config
 from experiments import environment, ppo
@@ -16,6 +18,7 @@ from experiments.settings import check
 from jaxalign import keys, rollout, shard
 from jaxalign.data import arithmetic, reviews, tables, text
 from jaxalign.data.text import Document
+from jaxalign.feedback import environments
 from jaxalign.feedback.environments import guess, last_number, play
 from jaxalign.models import decoder
 from jaxalign.objectives import online
@@ -23,7 +26,7 @@ from jaxalign.ops import advantages
 from jaxalign.sample import sample
 from jaxalign.train import log, optim
 from jaxalign.train.step import make_step
-from jaxalign.types import TrainState
+from jaxalign.types import Batch, TrainState
 
 EOS = 1
 
@@ -153,6 +156,44 @@ def test_a_reward_is_an_environment_of_one_turn():
     known = {"encode": encode, "decode": lambda ids: said[ids[0]], "turns": 4, "length": 9}
     episodes = play(last_number, rows, [prompt(3)] * 3, scripted([ids]), **known)
     assert [(episode.reward, episode.turns, episode.done) for episode in episodes] == [(1, 1, True), (0, 1, True), (0, 1, True)]
+
+
+@pytest.mark.parametrize("said, worth", [("Positive.\n", 1), (" positive \nnegative", 1), ("very positive", 0), ("", 0)])
+def test_an_exact_answer_is_one_line(said, worth):
+    assert environments.exact({"answer": " positive"}, said) == worth
+
+
+def test_a_query_finds_a_passage_and_the_answer_is_worth_its_words(shared):
+    """By the config: real questions, in the turns of a run."""
+    config = environment_config.get_config("search")
+    folder = shared / "data" / "retrieval"
+    config.environment.passages, config.prompts.source = (str(folder / f"squad_{x}.jsonl") for x in ("passages", "questions"))
+    words = AutoTokenizer.from_pretrained(shared / "data" / "models" / "smollm2_135m_instruct")
+    model = decoder.build(decoder.DecoderConfig(**SMALL | {"vocab": len(words)}))
+    mesh = shard.make_mesh(devices=jax.devices()[:1])
+    starts, (width, _), play_one = environment.openings(config, SimpleNamespace(model=model, tokenizer=words), mesh)
+    normandy, nothing = starts[0], next(start for start in starts if start.state["is_impossible"])
+    said = [["Norse raiders in Normandy", "Normandy", "", "Normans"], ["[1] In France", "Germany", "unanswerable", "unanswerable."]]
+
+    def draw(params, row_keys, prompts):
+        """Each turn's texts, behind what stands there."""
+        turn = int(np.asarray(prompts.segments)[0].sum() > 150)
+        ids = [[*words(text).input_ids, words.eos_token_id] for text in said[turn]]
+        empty = jnp.zeros((4, config.sample.length), jnp.int32)
+        tokens = jnp.stack([row.at[: len(wrote)].set(jnp.array(wrote)) for row, wrote in zip(empty, ids)])
+        wrote = jnp.stack([jnp.arange(config.sample.length) < len(wrote) for wrote in ids]).astype(jnp.int32)
+        rows = [(prompts.tokens, tokens), (prompts.segments, wrote), (0.0 * prompts.weights, wrote.astype(jnp.float32))]
+        return Batch(*(jnp.concatenate(pair, axis=1) for pair in rows)), None
+
+    batch, rewards = play_one(
+        draw, None, keys.of_rows(keys.key(0, "sample"), np.arange(4)), [normandy, normandy, normandy, nothing]
+    )
+    np.testing.assert_allclose(rewards, [2 / 3, 0, 0, 1])  # "in" is a word too many
+    shown = words.decode(np.asarray(batch.tokens)[0][np.asarray(batch.segments)[0] > 0])
+    assert "<|im_start|>user\n[1] Normans: The Normans (Norman" in shown and batch.tokens.shape == (4, width)
+    config.environment.passages = ""
+    with pytest.raises(ValueError, match="environment.passages names the file"):
+        environment.openings(config, None, mesh)
 
 
 def test_a_game_of_the_world_is_one_that_the_environment_would_have_played():

@@ -203,7 +203,19 @@ def test_without_the_compiler_or_such_a_slice_the_plan_ends_in_a_line(monkeypatc
         plan.architecture("runs/sft", ppo.get_config("tiny").model, {})
 
 
-@pytest.mark.skipif(util.find_spec("libtpu") is None, reason='no libtpu: pip install -e ".[pods]"')
+compiles_for_tpus = pytest.mark.skipif(util.find_spec("libtpu") is None, reason='no libtpu: pip install -e ".[pods]"')
+
+
+@compiles_for_tpus
+@pytest.mark.parametrize("topology, tensor", [("v5e:16x16", 8), ("v5p:4x4x4", 8), ("v6e:16x16", 4), ("v5e:8x8", 8)])
+def test_the_mesh_of_each_preset_is_laid_over_its_slice(topology, tensor):
+    """Also where an axis of the mesh is a part of an axis of the slice."""
+    devices = plan.devices_of(topology)
+    mesh = shard.make_mesh(data=1, fsdp=-1, tensor=tensor, devices=devices)
+    assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices) and mesh.shape["tensor"] == tensor
+
+
+@compiles_for_tpus
 @pytest.mark.slow
 def test_the_tpu_compiler_takes_the_smallest_preset(monkeypatch):
     """With two layers a side, which compile as slowly as all; on a chip, which has an eighth of each layer's heads and columns."""

@@ -1,16 +1,22 @@
 """The sampler is the scorer, and a row's draw is its own."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import sample as sample_config
+from experiments import sample as program
 from jaxalign import sample as sampling
 from jaxalign import score, shard
 from jaxalign.models import decoder, encdec
 from jaxalign.models.parts import Adapter
 from jaxalign.ops import filters
 from jaxalign.sample import choose, sample
+from jaxalign.train import log
 from jaxalign.types import Batch
 
 LENGTH, EOS = 8, 2
@@ -118,6 +124,76 @@ def test_samples_do_not_depend_on_how_prompts_are_read_nor_on_slots_nor_on_the_c
 
 def sample_jit(model, params, keys, prompts, **settings):
     return jax.jit(lambda *args: sample(model, *args, length=LENGTH, eos=EOS, top_p=0.95, **settings))(params, keys, prompts)
+
+
+LANGUAGE = [(3, 5), (3, 5, 7), (4,), (6, 6, 6, 1)]
+
+
+def only(language, vocab=14):
+    """A table of these texts, as jaxalign.prompts.constrain makes them."""
+    states = sorted({text[:n] for text in language for n in range(len(text) + 1)}, key=len)
+    table = np.full((len(states), vocab), -1, np.int32)
+    for said in states[1:]:
+        table[states.index(said[:-1]), said[-1]] = states.index(said)
+    for text in language:
+        table[states.index(text), EOS] = 0
+    return table
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 2, "slots": 4}, {"temperature": 0.0}], ids=str)
+def test_what_is_allowed_alone_is_drawn_and_logp_is_that_of_the_whole_vocabulary(settings, tiny):
+    prompts, table, temperature = left_padded(PROMPTS * 3), only(LANGUAGE), settings.get("temperature", 1.0) or 1.0
+
+    @jax.jit
+    def constrained(params, table):
+        batch, logp, drawn = sample(
+            tiny.model, params, keys_of(*range(18)), prompts, length=LENGTH, eos=EOS, allowed=table, **settings
+        )
+        hidden, _ = tiny.model.apply(params, batch.tokens, batch.segments)
+        return batch, logp, drawn, tiny.model.unembed(params, score.shift(hidden)) / temperature
+
+    batch, *said, logits = jax.device_get(constrained(tiny.params, table))
+    found = set()
+    for tokens, wrote, logp, drawn, z in zip(batch.tokens, batch.weights > 0, *said, logits):
+        state, text = 0, tokens[wrote].tolist()
+        found.add(tuple(text[:-1]))
+        for token, whole, left, of_all in zip(text, logp[wrote], drawn[wrote], z[wrote]):
+            rest = np.where(table[state] >= 0, of_all, -np.inf)
+            rest[rest < np.sort(rest)[-settings.get("top_k", 14)]] = -np.inf
+            assert whole == pytest.approx(of_all[token] - np.logaddexp.reduce(of_all), abs=1e-4)
+            assert left == pytest.approx(rest[token] - np.logaddexp.reduce(rest), abs=1e-4)
+            assert settings.get("temperature") != 0 or token == rest.argmax()
+            state = table[state, token]
+        assert text[-1] == EOS
+    assert found <= set(LANGUAGE) and len(found) > 1
+    if "slots" in settings:
+        at_once = partial(sample, tiny.model, length=LENGTH, eos=EOS, allowed=table, **settings | {"slots": 0})
+        np.testing.assert_array_equal(jax.jit(at_once)(tiny.params, keys_of(*range(18)), prompts)[0].tokens, batch.tokens)
+    with pytest.raises(ValueError, match="allowed is of a vocabulary of 13, and the model's has 14"):
+        sample(tiny.model, tiny.params, keys_of(*range(18)), prompts, length=1, eos=EOS, allowed=table[:, :13])
+
+
+def test_the_program_holds_what_it_samples_to_an_expression_or_to_answers(shared, tmp_path):
+    config = sample_config.get_config()
+    config.model.source = str(shared / "data" / "models" / "stories260k")
+    config.update(prompt="Once upon a time", output=str(tmp_path / "out.jsonl"), draws=8)
+    config.mesh.data = 8
+
+    def lines(**sampled):
+        config.sample.update(length=16, **sampled)
+        program.run(config)
+        return log.read_lines(config.output)
+
+    config.constraint.regex = " ?(the|a) [a-z]{2,3}(, [a-z]{2})?"
+    found = lines(temperature=1.0)
+    assert all(re.fullmatch(config.constraint.regex, line["text"]) for line in found) and len({x["text"] for x in found}) > 4
+    assert all(line["drawn_logp"] != line["logp"] and line["total"] == sum(line["logp"]) for line in found)
+    config.constraint.update(regex="", answers=(" there was", " nobody"))
+    (best,) = {line["text"] for line in lines(temperature=0.0)}
+    assert best.strip() == "there was"
+    config.constraint.regex = "a"
+    with pytest.raises(ValueError, match="constraint.regex and constraint.answers are both given"):
+        lines()
 
 
 def test_each_prompt_has_as_many_samples(tiny):

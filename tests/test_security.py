@@ -33,6 +33,7 @@ ALLOWED = {
     ("jaxalign/data/templates.py", "subprocess"): "the worker, which is this file",
     ("experiments/benchmark.py", "subprocess"): "itself, a process for each task, whose peak of memory is then its own",
     ("experiments/launch.py", "runpy"): "the config file, which is the user's own code",
+    ("experiments/__init__.py", "os.execv"): "the command itself once more, as it was typed",
 }
 CALLS = ("eval", "exec", "compile", "__import__", "execfile", "breakpoint")
 OF = {  # a module: its functions that run or unpickle what they are given
@@ -59,7 +60,7 @@ def dangers(place, source) -> list[str]:
             found.append(f"calls {node.func.id}")
         elif isinstance(node, ast.Attribute):
             if node.attr in ANYWHERE or isinstance(node.value, ast.Name) and node.attr in OF.get(node.value.id, ()):
-                found.append(f"uses {ast.unparse(node)}")
+                found += [f"uses {ast.unparse(node)}"] * ((place, ast.unparse(node)) not in ALLOWED)
         elif isinstance(node, ast.keyword) and node.arg in SWITCHES and ast.unparse(node.value) != "False":
             found.append(f"{node.arg}={ast.unparse(node.value)}")
     return found
@@ -96,8 +97,8 @@ def test_what_would_run_code_is_seen(source):
 
 
 def test_what_is_allowed_is_still_there():
-    for place, module in ALLOWED:
-        assert f"import {module}" in SOURCES[place].read_text()
+    for place, what in ALLOWED:
+        assert (f"{what}(" if "." in what else f"import {what}") in SOURCES[place].read_text()
 
 
 # -------------------------------------------------------------------------------------------- folders of strangers

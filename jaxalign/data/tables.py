@@ -124,8 +124,8 @@ def _asked(document) -> int:
 def in_common(rows, length: int) -> tuple[int, int]:
     """The layout in which rows of two documents, each a prompt and one response to it, share the prompt: -> (prompt, length)
 
-    prompt: columns of all prompts, for `pad` and for Model.sharing; 0, and the length as it was, where prompts of one row differ, or
-    where so much padding would come in that less than a quarter of the columns were saved.
+    prompt: columns of all prompts, for `pad` and for Model.sharing; 0, and the length as it was, where prompts of one row differ,
+    or where so much padding would come in that less than a quarter of the columns were saved.
     """
     ends = [_asked(first) for first, *_ in rows]
     for end, (first, second, *_) in zip(ends, rows, strict=True):
@@ -133,9 +133,7 @@ def in_common(rows, length: int) -> tuple[int, int]:
         if not (end and same and np.array_equal(_source(first), _source(second))):
             return 0, length
     if rows[0][0].source is not None:
-        return (
-            (1, length) if set(ends) == {1} else (0, length)
-        )  # the token that decoding starts with; it is the source that is shared
+        return (1, length) if set(ends) == {1} else (0, length)  # it is the source that is shared
     prompt, response = max(ends), max(len(one.tokens) - end for end, row in zip(ends, rows, strict=True) for one in row[:2])
     return (prompt, prompt + response) if prompt + 2 * response <= 0.75 * 2 * length else (0, length)
 

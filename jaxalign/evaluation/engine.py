@@ -23,8 +23,7 @@ import numpy as np
 
 from jaxalign import sample, shard
 from jaxalign.data import tables, text
-from jaxalign.ops.chunks import by_chunk
-from jaxalign.score import of_logits, shift
+from jaxalign.score import by_chunk, of_logits, shift
 
 SHORT = 32  # columns: the least, and those in which the targets of most requests are
 ENDS = 8  # documents that differ in the last token alone, such as letters of choices, and are read as one row
@@ -205,16 +204,16 @@ def _said(model, params, asked, ends, last: int):
     Args: last: columns at the end in which all targets are; 0: a row has none but its end.
     """
 
-    def one(part):
+    def one(head, part):
         hidden, tokens = part
-        logits = model.unembed(params, hidden)
+        logits = model.unembed(head, hidden)
         return of_logits(logits, tokens).logp, logits.argmax(-1) == tokens
 
     hidden, _ = model.read(params, asked)
-    logp, greedy = one((hidden[:, -1:], ends))
+    logp, greedy = one(model.head(params), (hidden[:, -1:], ends))
     if last:
         wanted = asked.targets[:, -last:] > 0
-        said, best = by_chunk(one, (shift(hidden)[:, -last:], asked.tokens[:, -last:]), chunk=64)
+        said, best = by_chunk(model, params, one, (shift(hidden)[:, -last:], asked.tokens[:, -last:]), chunk=64)
         logp += jnp.where(wanted, said, 0).sum(1, keepdims=True)
         greedy &= (best | ~wanted).all(1, keepdims=True)
     return logp, greedy

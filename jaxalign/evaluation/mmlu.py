@@ -3,25 +3,32 @@
 Hendrycks et al. 2021, and their evaluate.py, whose subjects begin with a space, so that the first line has two.
 """
 
+from string import ascii_uppercase
+
 import jax
 
+from jaxalign.prompts.template import Template, render
+
 LETTERS = "ABCD"
+TEMPLATE = Template(
+    instruction="The following are multiple choice questions (with answers) about  {topic}.",
+    text="{question}\n{choices}\nAnswer:[Z]",
+    slots={"choices": "{letter}. {entry}", "answer": {str(n): letter for n, letter in enumerate(ascii_uppercase)}},
+)
 
 
-def example(question: str, choices, answer: str = "") -> str:
-    """A question and its choices, to "Answer:" or, with the letter of the right one, to the end of a demonstration."""
-    lines = [question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)), "Answer:"]
-    return "\n".join(lines) + (f" {answer}\n\n" if answer else "")
+def topic(subject: str) -> str:
+    """As the prompt names a subject that is spelt as in names of files, "abstract_algebra"."""
+    return subject.replace("_", " ")
 
 
 def prompt(subject: str, shots, question: str, choices) -> str:
     """The header, demonstrations and the question.
 
-    Args: subject: as in names of files, "abstract_algebra"; shots: of (question, choices, letter), in the order of the dev file.
+    Args: subject: as of `topic`; shots: of (question, choices, letter), in the order of the dev file.
     """
-    name = subject.replace("_", " ")
-    header = f"The following are multiple choice questions (with answers) about  {name}.\n\n"
-    return header + "".join(example(*shot) for shot in shots) + example(question, choices)
+    shown = [{"question": asked, "choices": of, "answer": ascii_uppercase.index(letter)} for asked, of, letter in shots]
+    return render(TEMPLATE, {"topic": topic(subject), "question": question, "choices": choices}, shown).text
 
 
 def answers(letter_logp):

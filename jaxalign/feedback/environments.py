@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxalign.data import arithmetic
 from jaxalign.data.text import Document
+from jaxalign.evaluation import metrics
 
 
 class Episode(NamedTuple):
@@ -85,6 +86,32 @@ def last_number(state, text):
     """A reward that can be verified: 1 where the last number in the text is state["answer"], else 0."""
     found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
     return float(bool(found) and float(found[-1]) == float(state["answer"]))
+
+
+def exact(state, text):
+    """A reward that can be verified: 1 where the first line of the text is state["answer"], but for case and a full stop."""
+    said, right = (x.strip().partition("\n")[0].strip().removesuffix(".").lower() for x in (text, str(state["answer"])))
+    return float(said == right)
+
+
+def search(passages: list[dict], scores):
+    """An environment of two turns: the policy's first is a query, and it is told the best passage and the number to cite it by;
+    its second answers. State: the columns "answers" and "is_impossible" of SQuAD 2.0.
+
+    Reward: the F1 of the answer's words, its citations apart, with the reference that is nearest (Rajpurkar et al. 2016). Where
+    there is no answer: 1 for "unanswerable", else 0.
+    Args: passages: with "title" and "text"; scores: (queries) -> [queries, passages], such as prompts.retrieval.bm25.
+    """
+
+    def answer(state, text):
+        if "found" not in state:
+            best = int(np.argmax(scores([text])[0]))
+            found = passages[best]
+            return state | {"found": best}, f"[{best + 1}] {found['title']}: {found['text']}", 0.0, False
+        said = re.sub(r"\[\d+\]", "", text)
+        return state, "", metrics.token_f1(said, ["unanswerable"] if state["is_impossible"] else state["answers"]), True
+
+    return answer
 
 
 def _and(document: Document, ids, weight: float) -> Document:

@@ -15,13 +15,28 @@ the layers read once as a document of their own, for none of them sees a later t
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxalign.models.attention import ATTENTION, attend, frequencies, positions_of, rope, soft_cap
-from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, if_same, normal, repeated, stacked
+from jaxalign.models.parts import (
+    ACTIVATIONS,
+    REMAT,
+    Adapter,
+    Head,
+    Linear,
+    Mlp,
+    Norm,
+    Scalar,
+    head_of,
+    if_same,
+    normal,
+    repeated,
+    stacked,
+)
 from jaxalign.shard import constrain_rows, declared
 from jaxalign.types import Model
 
@@ -337,4 +352,4 @@ def build(config: DecoderConfig) -> Model:
         kv = jnp.zeros((config.layers, rows, length, config.kv_heads, config.head_dim), config.dtype)
         return {"k": kv, "v": kv, "segments": jnp.zeros((rows, length), jnp.int32)}
 
-    return Model(config, init, apply, unembed, scalar, cache)
+    return Model(config, init, apply, unembed, scalar, cache, partial(head_of, config))

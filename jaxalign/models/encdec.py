@@ -14,13 +14,28 @@ The parameter tree, leaves of `layers` stacked on a first axis, of the encoder's
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.parts import ACTIVATIONS, REMAT, Adapter, Head, Linear, Mlp, Norm, Scalar, if_same, normal, repeated, stacked
+from jaxalign.models.parts import (
+    ACTIVATIONS,
+    REMAT,
+    Adapter,
+    Head,
+    Linear,
+    Mlp,
+    Norm,
+    Scalar,
+    head_of,
+    if_same,
+    normal,
+    repeated,
+    stacked,
+)
 from jaxalign.shard import constrain_rows, declared
 from jaxalign.types import Model
 
@@ -266,4 +281,4 @@ def build(config: EncDecConfig) -> Model:
         kv = jnp.zeros((config.layers, rows, length, config.heads, config.head_dim), config.dtype)
         return {"kv": {"k": kv, "v": kv}, "segments": jnp.zeros((rows, length), jnp.int32)}
 
-    return Model(config, init, apply, unembed, scalar, cache)
+    return Model(config, init, apply, unembed, scalar, cache, partial(head_of, config))

@@ -155,7 +155,7 @@ def repeated(x, rows: int):
 
 
 def if_same(hidden, *pairs):
-    """The hidden states [B,T,D], NaN in rows for which the parts of a pair, [B/n,S] and [B,S], differ: nothing is learned from them."""
+    """The hidden states [B,T,D], NaN in rows for which the parts of a pair, [B/n,S] and [B,S], differ: nothing is learned."""
     same = jnp.stack([(repeated(of_group, len(own)) == own).all(axis=1) for of_group, own in pairs])
     return jnp.where(same.all(axis=0)[:, None, None], hidden, jnp.nan)
 
@@ -240,6 +240,12 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self):
         return self.param("kernel", declared(normal(self.std), "vocab", "embed"), (self.config.vocab, self.config.width))
+
+
+def head_of(config, params):
+    """Model.head: the head, or the embedding that is it."""
+    name = "embed" if config.tied else "head"
+    return {name: params[name]}
 
 
 class Scalar(nn.Module):

@@ -14,7 +14,6 @@ from flax import struct
 
 from jaxalign import score
 from jaxalign.ops import divergences
-from jaxalign.ops.chunks import by_chunk
 from jaxalign.ops.masked import masked_sum
 from jaxalign.types import Array, Batch, Model
 
@@ -51,10 +50,10 @@ def taught(params, batch: Batch, *, model: Model, k: int, temperature: float = 1
     """The batch with this model's, the teacher's, k likeliest tokens; ids mean the same to both models."""
     hidden, _ = model.read(params, batch)
 
-    def one(before):
-        return jax.lax.top_k(jax.nn.log_softmax(model.unembed(params, before) / temperature), k)
+    def one(head, before):
+        return jax.lax.top_k(jax.nn.log_softmax(model.unembed(head, before) / temperature), k)
 
-    logp, ids = by_chunk(one, score.shift(hidden))
+    logp, ids = score.by_chunk(model, params, one, score.shift(hidden))
     return Taught(batch, ids, logp)
 
 
@@ -64,16 +63,16 @@ def _distil(params, data: Taught, model, divergence, temperature, nll_weight):
     there = weights[..., None] > 0
     ids, teacher = jnp.where(there, data.ids, 0), jnp.where(there, data.logp, -1.0)  # what has no weight may be anything
 
-    def one(part):
+    def one(head, part):
         before, tokens, ids, teacher = part
-        logits = model.unembed(params, before)
+        logits = model.unembed(head, before)
         student = jnp.take_along_axis(jax.nn.log_softmax(logits / temperature), ids, axis=-1)
         if ids.shape[-1] < logits.shape[-1]:
             teacher, student = _with_rest(teacher), _with_rest(student)
         agreed = logits.argmax(-1) == ids[..., 0]
         return divergence(teacher, student), score.of_logits(logits, tokens).logp, agreed
 
-    found = by_chunk(one, (score.shift(hidden), data.batch.tokens, ids, teacher))
+    found = score.by_chunk(model, params, one, (score.shift(hidden), data.batch.tokens, ids, teacher))
     apart, logp, agreed = (masked_sum(x, weights) for x in found)
     sums = {"weight": weights.sum(), "loss/divergence": apart, "loss/nll": -logp, "teacher/agreed": agreed}
     return temperature**2 * apart - nll_weight * logp, sums

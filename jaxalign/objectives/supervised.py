@@ -7,7 +7,6 @@ from flax import struct
 from jaxalign import score, shard
 from jaxalign.objectives.reward import stack
 from jaxalign.ops import supervised
-from jaxalign.ops.chunks import by_chunk
 from jaxalign.ops.masked import masked_mean, masked_sum
 from jaxalign.types import Array, Batch, Model
 
@@ -47,12 +46,12 @@ def semantic_sft(params, data: Batch, *, model: Model, distance_weight: float, c
     distance = supervised.cosine_distance if cosine else supervised.expected_square_distance
     embedding = params["embed"]["tokens"].astype(jnp.float32)
 
-    def one(part):
+    def one(head, part):
         before, tokens = part
-        logp = jax.nn.log_softmax(model.unembed(params, before))
+        logp = jax.nn.log_softmax(model.unembed(head, before))
         return supervised.classification(logp, tokens), distance(logp, embedding, tokens)
 
-    nll, off = (masked_sum(x, data.targets) for x in by_chunk(one, (score.shift(hidden), data.tokens)))
+    nll, off = (masked_sum(x, data.targets) for x in score.by_chunk(model, params, one, (score.shift(hidden), data.tokens)))
     return nll + distance_weight * off, {"weight": data.targets.sum(), "loss/nll": nll, "loss/distance": off}
 
 

@@ -1,0 +1,135 @@
+"""Which of two models' answers is better, by a judge: python -m experiments.judge --config=configs/judge.py
+
+Both orders are judged, for a judge may like what stands first. The answers are two .jsonl files, such as experiments.sample and
+experiments.evaluate leave; rows of one id, or else of one prompt, are a pair. Leaves records.jsonl, a line for each pair, and
+summary.json; the same command goes on behind the records that are there.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments import common, ensemble, evaluate, launch
+from jaxalign import shard
+from jaxalign.data import sources, tables, text
+from jaxalign.evaluation import engine, records, statistics
+from jaxalign.prompts import template
+from jaxalign.train import log
+
+LETTERS = (" (A)", " (B)")
+
+
+def pairs(ours: str, theirs: str, *, key: str, prompt: str, answer: str) -> list[dict]:
+    """Rows {"id", "question", "ours", "theirs"} of what both files have. ValueError for an id twice, and where they share none.
+
+    Args: key: the column that tells which rows are a pair; prompt, answer: filled by each row's columns.
+    """
+
+    def read(source):
+        rows = common.read_rows(source, 0, seed=0)
+        sources.require(rows, (key,), source)
+        found = {str(row[key]): row for row in rows}
+        if len(found) < len(rows):
+            raise ValueError(f"{source}: {len(rows) - len(found)} rows have the '{key}' of another one: which are a pair?")
+        try:
+            made = template.each(lambda row: (text.fill(prompt, row), text.fill(answer, row).strip()), rows)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        return dict(zip(found, made, strict=True))
+
+    one, other = read(ours), read(theirs)
+    both = [name for name in one if name in other]
+    if not both:
+        raise ValueError(f"{ours} and {theirs} have no '{key}' in common")
+    if len(both) < max(len(one), len(other)):
+        log.say(f"{len(both)} pairs; {len(one) - len(both)} rows of {ours} and {len(other) - len(both)} of {theirs} are of none")
+    return [{"id": name, "question": one[name][0], "ours": one[name][1], "theirs": other[name][1]} for name in both]
+
+
+def outcome(first: float, second: float) -> float:
+    """1 where the first is more, 0.5 where both are equal, else 0."""
+    return float((np.sign(first - second) + 1) / 2)
+
+
+def by_prompt(config, loaded, mesh, rows):
+    """A judge who reads both answers and says (A) or (B). -> (how it is asked, requests a pair, ask, judge), for records.collect"""
+    form, tokenizer, start = template.load(config.template), loaded.tokenizer, common.start_of(loaded.model)
+    length = config.length or getattr(loaded.model.config, "context", evaluate.CONTEXT)
+    score = engine.scorer(loaded.model, mesh, batch=config.batch, length=length)
+    orders = [("ours", "theirs"), ("theirs", "ours")]
+    asked = [[template.render(form, row | {"first": row[a], "second": row[b]}) for a, b in orders] for row in rows]
+
+    def ask(numbers, tell):
+        def document(n):
+            prompt = asked[n // 4][n % 4 // 2]
+            return template.document(tokenizer, prompt, LETTERS[n % 2], chat=config.chat, eos=False, start=start)
+
+        score(loaded.params, [document(n) for n in numbers], tell)
+
+    def judge(n, said):
+        logp = np.reshape([one.logp for one in said], (2, 2))
+        p = np.exp(logp[:, 0] - np.logaddexp.reduce(logp, axis=1))  # P(A): ours in the first order, theirs in the second
+        won = [outcome(*logp[0]), outcome(*logp[1][::-1])]
+        return {"p_first": p.tolist(), "won": won, "cut": any(one.cut for one in said)}
+
+    return [template.fingerprint(form), config.chat, length], 4, ask, judge
+
+
+def by_reward(config, loaded, mesh, rows):
+    """A reward model, which reads each answer alone, so that there is no order. Arguments and results as of `by_prompt`."""
+    first, judges, scores = loaded
+    tokenizer, start = first.tokenizer, common.start_of(first.model)
+    length = config.length or getattr(first.model.config, "context", evaluate.CONTEXT)
+    work = shard.on_mesh(jax.jit(scores), mesh)
+
+    def document(n):
+        row = rows[n // 2]
+        found = common.document(tokenizer, row["question"], row[("ours", "theirs")[n % 2]], chat=config.chat, start=start)
+        return text.fit(found, length, keep="end", source_length=length)
+
+    def ask(numbers, tell):
+        order = sorted(range(len(numbers)), key=lambda k: -len(document(numbers[k]).tokens))
+        for part, count in common.parts(order, config.batch):
+            found = [document(numbers[k]) for k in part]
+            longest = [max(0 if x is None else len(x) for x in of) for of in ([d.tokens for d in found], [d.source for d in found])]
+            batch = tables.pad(found, engine.columns(longest[0]), source_length=longest[1] and engine.columns(longest[1]))
+            said = shard.fetch(work(judges, shard.place(tables.check(batch, first.model.config.vocab), mesh)))
+            for k, x in list(zip(part, said))[:count]:
+                tell(k, float(x))
+
+    def judge(n, said):
+        return {"scores": said, "won": [outcome(*said)] * 2, "cut": False}
+
+    return ["reward", config.chat, length], 2, ask, judge
+
+
+def run(config, workdir: Path):
+    """Judge all pairs, write the records, and say how often ours won."""
+    began, mesh = time.monotonic(), shard.make_mesh(**config.mesh)
+    rows = pairs(config.ours, config.theirs, **config.pairs)
+    if config.reward:
+        loaded = ensemble.load(config.model.source, config.model, mesh, seed=config.seed, doubt=0.0)
+        first, made = loaded[0], by_reward(config, loaded, mesh, rows)
+    else:
+        first = loaded = common.load(config.model.source, config.model, mesh, seed=config.seed)
+        made = by_prompt(config, loaded, mesh, rows)
+    how, count, ask, judge = made
+    model = records.fingerprint(first.digest, first.tokenizer_digest, config.model.dtype)
+    wanted = [{"task": "judge", "id": row["id"], "prompt": records.fingerprint(row, how), "model": model} for row in rows]
+    found = records.collect(workdir / "records.jsonl", wanted, [count] * len(rows), ask, lambda n, said: rows[n] | judge(n, said))
+    won = np.array([record["won"] for record in found])
+    longer = [len(row["ours"]) - len(row["theirs"]) for row in rows]
+    told = {f"win/{name}": x for name, x in statistics.win_rate(won).items()}
+    told["win/error"] = statistics.mean(won.mean(1)).error
+    told["win/length_controlled"], told["win/length_controlled_error"] = statistics.length_controlled(won.mean(1), longer)
+    told |= {"longer_by": float(np.mean(longer)), "cut": sum(record["cut"] for record in found), "judge": model}
+    log.write_json(workdir / "config.json", log.plain(config))
+    log.write_json(workdir / "summary.json", told | {"seconds": time.monotonic() - began})
+    for name, x in told.items():
+        log.say(f"{name:32} {x if isinstance(x, str) else round(x, 3)}")
+
+
+if __name__ == "__main__":
+    launch.main(run, "judge")

@@ -1,0 +1,229 @@
+"""Prompt it, or fine-tune it: python -m experiments.prompt --config=configs/prompt.py
+
+How often a model is right against k, the demonstrations in its prompt: chosen at random, balanced or nearest, plain and
+calibrated, without and with chains of thought ("Let's think step by step." where k = 0). Beside that the same model without
+demonstrations, once SFT or GRPO has trained it on rows of the same pool. All are asked the same rows, in the same words. Leaves
+report.html, summary.json, figures.json and records.jsonl, a line for each row and each way to ask; what is there is not asked
+again.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import common, grpo, launch, ppo, sft
+from jaxalign import keys, shard
+from jaxalign.data import text
+from jaxalign.evaluation import engine, records, statistics
+from jaxalign.objectives import online
+from jaxalign.prompts import answers, demonstrations, extract, reasoning, retrieval
+from jaxalign.prompts import template as templates
+from jaxalign.train import log, report
+
+READ = {f.__name__: f for f in (extract.after, extract.number, extract.letter, extract.yes_no)}
+
+
+class Task(NamedTuple):
+    """Rows that are asked, and those that may be shown or trained on."""
+
+    template: templates.Template
+    pool: list[dict]
+    rows: list[dict]
+    words: list[str]  # to choose among, by log-probability; [] where the answer is written, and read by `read`
+    read: Any
+
+    @property
+    def direct(self) -> templates.Template:
+        """The template without chains of thought."""
+        return replace(self.template, rationale="")
+
+
+def task_of(*, template: str, pool: str, pool_count: int, rows: str, count: int, read: str, seed: int) -> Task:
+    """The task of a config: rows in an order drawn by the seed. What is asked is not in the pool, though the files be the same."""
+
+    def asks(row):
+        return templates.question(made, row)[0]
+
+    def some(source, count, without=()):
+        found = common.read_rows(source, count if source in common.GENERATED else 0, seed=seed)
+        order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(len(found))
+        return [found[n] for n in order if asks(found[n]) not in without][: count or None]
+
+    made = templates.load(template)
+    words, asked = [] if read else [*templates.words(made).values()], some(rows, count)
+    return Task(made, some(pool, pool_count, {*map(asks, asked)}), asked, words, READ.get(read))
+
+
+class Asker(NamedTuple):
+    """A model that is asked, by jaxalign.evaluation.engine. What it answered is kept in a file of records."""
+
+    loaded: common.Loaded
+    score: Any
+    generate: Any
+    path: Path
+    key: Any
+    length: int  # most tokens of a prompt and its answer
+    written: int  # of an answer that is written
+
+    def document(self, prompt, answer=None):
+        start = common.start_of(self.loaded.model)
+        return templates.document(self.loaded.tokenizer, prompt, answer, chat=False, eos=False, start=start)
+
+    def prompts(self, task: Task, template, rows, ranking, *, k: int, best_last: bool = False):
+        """Each row's prompt, behind as many of k demonstrations of the pool as there is room for."""
+
+        def count(prompt):
+            document = self.document(prompt, task.words[0] if task.words else None)
+            return len(document.tokens) + (0 if document.source is None else len(document.source))
+
+        room = demonstrations.within(count, length=self.length, answer=0 if task.words else self.written)
+        return demonstrations.few_shot(template, rows, task.pool, ranking, k=k, best_last=best_last, fits=room)
+
+    def ask(self, name: str, task: Task, prompts, free=(), rows=None) -> list[dict]:
+        """The record of each row: what was "said", whether it is "right" and, beside content-free prompts, "calibrated".
+
+        Args: name: of the way to ask; free: the same prompts without content, for calibration; rows: not the task's.
+        """
+        rows = task.rows if rows is None else rows
+        about = {"task": name, "model": self.loaded.digest}
+        settings = [task.words, self.written, *(prompt.text for prompt in free)]
+        wanted = [
+            about | {"id": n, "prompt": records.fingerprint(prompt.text, prompt.after, *settings)}
+            for n, prompt in enumerate(prompts)
+        ]
+        told = [{"asked": prompt.text, "shots": prompt.shots, "dropped": prompt.dropped} for prompt in prompts]
+        targets = [templates.target(task.direct, row) for row in rows]
+        if task.words:
+            return self._choose(task.words, prompts, list(free), wanted, told, targets)
+
+        def judge(n, written):
+            said, answer = task.read(written[0].text), task.read(targets[n])
+            return told[n] | {"wrote": written[0].text, "said": said, "target": answer, "right": float(said == answer)}
+
+        def write(numbers, tell):
+            documents = [self.document(prompts[n]) for n in numbers]
+            self.generate(self.loaded.params, keys.of_rows(self.key, numbers), documents, (task.template.separator,), tell)
+
+        return records.collect(self.path, wanted, [1] * len(prompts), write, judge)
+
+    def _choose(self, words, prompts, free, wanted, told, targets):
+        asked = [[prompt, *free] for prompt in prompts]
+        documents = [self.document(prompt, word) for each in asked for prompt in each for word in words]
+
+        def judge(n, logp):
+            logp = answers.of_labels(np.reshape(logp, (-1, len(words))), np.arange(len(words)))
+            found = {"right": logp[0]} | ({"calibrated": answers.calibrated(logp[0], logp[1:])} if free else {})
+            right = {name: float(words[answers.search(x)[0]] == targets[n]) for name, x in found.items()}
+            p = dict(zip(words, np.exp(logp[0]).tolist(), strict=True))
+            return told[n] | {"said": max(p, key=p.get), "target": targets[n], "p": p} | right
+
+        def score(numbers, tell):
+            same = {}  # documents that are alike are read once: those without content
+            for k, n in enumerate(numbers):
+                same.setdefault((documents[n].ids, documents[n].weights.tobytes()), []).append(k)
+            alike = [*same.values()]
+            first = [documents[numbers[each[0]]] for each in alike]
+            self.score(self.loaded.params, first, lambda i, said: [tell(k, said.logp) for k in alike[i]])
+
+        return records.collect(self.path, wanted, [len(words) * (1 + len(free))] * len(prompts), score, judge)
+
+
+def asker(loaded, mesh, path, *, seed: int, batch: int, length: int, written: int) -> Asker:
+    """Args: length: 0: as many tokens as the model was made for."""
+    length = length or loaded.model.config.context
+    score = engine.scorer(loaded.model, mesh, batch=batch, length=length)
+    generate = engine.generator(loaded.model, mesh, loaded.tokenizer, batch=batch, context=length, length=written, temperature=0.0)
+    return Asker(loaded, score, generate, path, keys.key(seed, "evaluate"), length, written)
+
+
+def ranking_of(name: str, task: Task, seed: int):
+    """How demonstrations are chosen: "random" and "balanced" are the same ones for all rows, by the seed; or "nearest", by BM25."""
+    if name == "nearest":
+        known = [templates.question(task.template, row)[0] for row in task.pool]
+        return demonstrations.nearest(retrieval.bm25(known)([templates.question(task.template, row)[0] for row in task.rows]))
+    drawn = demonstrations.at_random(seed)
+
+    def ranking(number, others):
+        return drawn(0, others)
+
+    labels = [templates.target(task.direct, row) for row in task.pool]
+    return demonstrations.balanced(labels, ranking) if name == "balanced" else ranking
+
+
+def curves(ask: Asker, task: Task, *, shots, seeds: int, rankings) -> dict:
+    """{way to ask: {k: the records of all seeds}}"""
+    found = {}
+    empty = [column for column in text.fields(task.template.text) if column not in task.template.slots]
+    nothing = answers.content_free(task.rows[0], empty)
+    for ranking in rankings:
+        ways = {ranking: task.direct} | ({f"{ranking}, thought": task.template} if task.template.rationale and task.read else {})
+        for seed in range(1 if ranking == "nearest" else seeds):
+            ranked = ranking_of(ranking, task, seed)
+            for way, template in ways.items():
+                for k in shots:
+                    how = {"k": k, "best_last": ranking == "nearest"}
+                    prompts = ask.prompts(task, template, task.rows, ranked, **how)
+                    alike = task.words and (ranking != "nearest" or not k)  # the demonstrations are, of all rows
+                    free = ask.prompts(task, template, nothing, ranked, **how) if alike else ()
+                    if template.rationale and not k:
+                        prompts = [reasoning.think(prompt) for prompt in prompts]
+                    name = f"{way}, {k} shots, seed {seed}" if k else "thought, no shots" if template.rationale else "no shots"
+                    if k or seed == 0:
+                        found.setdefault(way, {}).setdefault(k, []).extend(ask.ask(name, task, prompts, free))
+    return found
+
+
+def accuracy(found: list[dict], name: str = "right") -> statistics.Estimate:
+    """Its error is clustered by row, which several seeds may have been asked."""
+    return statistics.clustered([record[name] for record in found], [record["id"] for record in found])
+
+
+def write_rows(path, task: Task):
+    """The pool as SFT and RL learn from it: {"prompt", "answer"}, in the words in which rows are asked without demonstrations."""
+    with launch.replacing(path) as write:
+        for row in task.pool:
+            prompt = templates.render(task.direct, row)
+            write({"prompt": prompt.text, "answer": templates.target(task.direct, row) + prompt.after})
+
+
+def run(config, workdir):
+    mesh = shard.make_mesh(**config.mesh)
+    task, settings = task_of(**config.task, seed=config.seed), {"batch": config.batch, "length": config.length}
+    settings |= {"written": config.written, "seed": config.seed}
+    load = partial(common.load, settings=config.model, mesh=mesh, seed=config.seed)
+    log.write_json(workdir / "config.json", log.plain(config))
+    asked = partial(asker, mesh=mesh, path=workdir / "records.jsonl", **settings)
+    drawn, summary = {}, {}
+    for way, by_k in curves(asked(load(config.model.source)), task, **config.curve).items():
+        for name, shown in (("right", way), ("calibrated", f"{way}, calibrated")):
+            for k, found in by_k.items() if all(name in each[0] for each in by_k.values()) else ():
+                value, error = accuracy(found, name)
+                drawn.setdefault(shown, []).append([k, value])
+                summary |= {f"{shown}/{k}": value, f"{shown}/{k}_error": error}
+                log.say(f"{shown}, k = {k}: {value:.3f} ± {error:.3f}")
+    write_rows(workdir / "train.jsonl", task)
+    for source in (config.stages.sft.data, config.stages.grpo.prompts):
+        source.source = str(workdir / "train.jsonl")
+    runs = {"sft": sft.run, "grpo": partial(ppo.run, algorithm=grpo.of_groups(online.grpo))}
+    stages, ks = launch.Stages(workdir, config.stages, runs), sorted(config.curve.shots)
+    for name, source in (("SFT", config.beside.sft_source), ("GRPO", config.beside.grpo_source)):
+        if source:
+            tuned = asked(load(stages.path(source)))
+            prompts = tuned.prompts(task, task.direct, task.rows, demonstrations.in_order, k=0)
+            found = tuned.ask(name, task, prompts)
+            value, error = accuracy(found)
+            drawn[name] = [[ks[0], value], [ks[-1], value]]
+            summary |= {name: value, f"{name}_error": error}
+            log.say(f"{name}, no shots: {value:.3f} ± {error:.3f}")
+    figure = {"Share of held-out rows that are answered rightly": {"x": "demonstrations", "curves": drawn}}
+    log.write_json(workdir / "figures.json", figure)
+    log.write_json(workdir / "summary.json", summary)
+    report.write(workdir)
+    log.say(f"report in {workdir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    launch.main(run, "prompt")
