@@ -22,7 +22,7 @@ def get_config(variant: str = "forward_kl"):
     size = "tiny" if variant == "tiny" else "reviews"
     teacher, student = sft.get_config(size), sft.get_config(size)
     config = teacher.copy_and_resolve_references()
-    del config.scratch, config.evaluate.tasks, config.evaluate.count
+    del config.scratch
     config.model.source = "stage:student"  # the student, as it begins
     # k: how many of its likeliest tokens the teacher gives at each place, the rest as one; 0: all
     config.teacher_model = {"source": "stage:sft", **MODEL, "k": 0}

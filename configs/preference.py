@@ -68,7 +68,8 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.guard = GUARD
     config.loop = LOOP
     # prompts of held-out comparisons that no training row has; updates between two looks at them, 0: none; samples shown
-    config.evaluate = {"prompts": 256, "every": 56, "samples": 16}
+    # tasks, count: as of configs/sft.py, looked at as often
+    config.evaluate = {"prompts": 256, "every": 56, "samples": 16, "tasks": "", "count": 0}
     config.gold = {"lexicon": "reviews"}  # reported, never trained on; a .jsonl file, or "" for none
     made = compare.get_config(variant if variant in ("tiny", "t5") else "reviews")
     made_before(config, made)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from experiments import common, launch, named, sft
+from experiments import common, evaluate, launch, named, sft
 from jaxalign import keys, shard
 from jaxalign.data import tables
 from jaxalign.objectives import distill
@@ -99,7 +99,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=No
         data_at,
         workdir=workdir,
         stop=config.run.steps,
-        hooks=[watched],
+        hooks=[watched, evaluate.hook(student, mesh, workdir, **config.evaluate)],
         config=config,
         identity={
             "teacher": teacher.digest,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common, compare, ensemble, environment, launch, reward, sft
+from experiments.evaluate import hook
 from jaxalign import keys, rewards, rollout, shard
 from jaxalign.data import tables
 from jaxalign.objectives.online import ppo
@@ -288,7 +289,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, algorithm: A
         lambda i: i,
         workdir=workdir,
         stop=stop,
-        hooks=[held_out],
+        hooks=[held_out, hook(policy, mesh, workdir, tasks=config.evaluate.tasks, every=every, count=config.evaluate.count)],
         config=config,
         identity={"reference": policy.digest, "tokenizer": policy.tokenizer_digest}
         | ({"reward model": judge.digest} if judge else {"environment": config.environment.name}),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, compare, launch, named, reward, sft
+from experiments import common, compare, evaluate, launch, named, reward, sft
 from jaxalign import keys, rollout, shard
 from jaxalign.data import tables
 from jaxalign.objectives import preference
@@ -144,6 +144,9 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=No
     update = shard.compile_step(update, mesh, where)
     compared, answered = against_reference(logp, loaded, held_out), answers(config, loaded, mesh, prompts, gold)
 
+    looks = {name: config.evaluate[name] for name in ("tasks", "every", "count")}
+    asked = evaluate.hook(loaded, mesh, workdir, **looks)
+
     def watched(done, state):
         """Every `evaluate.every` updates and at the end; 0: never."""
         every = config.evaluate.every
@@ -161,7 +164,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=No
         data_at,
         workdir=workdir,
         stop=config.run.steps,
-        hooks=[watched],
+        hooks=[watched, asked],
         config=config,
         identity={
             "reference": loaded.digest,

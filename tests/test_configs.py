@@ -99,7 +99,7 @@ SPLATTED |= {
         "data": (classify.examples, ("tokenizer", "seed")),
         "objective": (supervised.classify, ("params", "data", "model")),
     },
-    "distill": {**MESH, **SAMPLE, **TRAINING, **ADAPTER, "data": SPLATTED["sft"]["data"]},
+    "distill": {**MESH, **SAMPLE, **TRAINING, **ADAPTER, **{name: SPLATTED["sft"][name] for name in ("data", "evaluate")}},
     "student": SPLATTED["sft"],
     "environment": {**OF_GROUPS, "objective": (online.grpo, ("params", "data", "model", "temperature"))},
 }

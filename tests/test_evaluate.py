@@ -14,7 +14,7 @@ import pytest
 from configs import evaluate as settings
 from configs import judge as judging
 from configs import sft as training
-from experiments import common, ensemble, evaluate, judge, sft
+from experiments import common, ensemble, evaluate, judge, launch, sft
 from jaxalign import score, shard
 from jaxalign.evaluation import engine
 from jaxalign.types import Batch
@@ -232,17 +232,21 @@ def test_an_evaluation_that_was_killed_goes_on(source, tmp_path, monkeypatch):
     assert micro["bits_a_byte"] == pytest.approx(-total["logp"] / total["bytes"] / np.log(2))
 
 
-def test_a_hook_leaves_training_as_it_is(tmp_path):
+def test_a_hook_leaves_training_as_it_is(tmp_path, monkeypatch):
     """Bit for bit; and what it finds after the last step is what the program finds of the model that is left."""
     rows = write(
         tmp_path / "rows.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(("a fine film", "it is bad", "so so"))]
     )
-    (tmp_path / "tasks.py").write_text(
-        "from configs import evaluate\n\n\ndef get_config():\n    config = evaluate.get_config('sentiment_calibrated')\n"
-        f"    config.data.source, config.shots = {rows!r}, 0\n    return config\n"
-    )
+    known = launch.config_of
+
+    def of_few(name, variant):
+        config = known(name, variant)
+        config.data.source, config.shots = rows, 0
+        return config
+
+    monkeypatch.setattr(launch, "config_of", of_few)
     left = {}
-    for name, tasks in (("without", ""), ("with", str(tmp_path / "tasks.py"))):
+    for name, tasks in (("without", ""), ("with", "sentiment_calibrated")):
         config = training.get_config("tiny")
         config.data.update(count=64, held_out=8)
         config.run.update(steps=2, batch=8)
@@ -257,6 +261,8 @@ def test_a_hook_leaves_training_as_it_is(tmp_path):
     config.shots = 0
     _, told = asked(config, str(tmp_path / "with"), tmp_path / "after")
     assert told["figures"]["micro"]["brier"] == pytest.approx(lines[-1]["sentiment_calibrated/brier"], rel=1e-5)
+    with pytest.raises(ValueError, match="'mmlv' is no variant of configs/evaluate.py; there are mmlu"):
+        evaluate.hook(None, None, tmp_path, tasks="mmlv", every=1, count=0)
 
 
 @pytest.mark.parametrize(

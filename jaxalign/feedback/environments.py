@@ -15,6 +15,7 @@ import numpy as np
 from jaxalign.data import arithmetic
 from jaxalign.data.text import Document
 from jaxalign.evaluation import metrics
+from jaxalign.prompts import extract
 
 
 class Episode(NamedTuple):
@@ -83,9 +84,9 @@ def guess(state, text):
 
 
 def last_number(state, text):
-    """A reward that can be verified: 1 where the last number in the text is state["answer"], else 0."""
-    found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-    return float(bool(found) and float(found[-1]) == float(state["answer"]))
+    """A reward that can be verified: 1 where the answer of the text (prompts.extract.number) is state["answer"], else 0."""
+    said = extract.number(text)
+    return float(said is not None and said == float(state["answer"]))
 
 
 def exact(state, text):

@@ -4,6 +4,8 @@ found = search(rows, bm25([row["text"] for row in rows])([question])[0], k=3)
 prompt = render(template, {"question": question, "passages": found})
 """
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,8 @@ def bm25(texts: list[str]):
         import bm25s
     except ImportError as error:
         raise ImportError('BM25 wants the package bm25s: pip install -e ".[retrieval]"') from error
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each index
 
     def split(texts):
         return bm25s.tokenize(texts, return_ids=False, show_progress=False)
