@@ -13,6 +13,9 @@ from experiments import compiled, plan
 from experiments import ppo as ppo_run
 from experiments.settings import check
 from jaxalign import shard
+from jaxalign.models import decoder
+from jaxalign.objectives import supervised
+from jaxalign.types import Batch
 
 WIDTH, MLP, LAYERS, VOCAB = 64, 256, 6, 82  # of the model in `small`: its weights are larger than its activations
 PRESETS = {  # variant: (make, driver, slices that it is for, billions of the policy's parameters)
@@ -201,6 +204,22 @@ def test_without_the_compiler_or_such_a_slice_the_plan_ends_in_a_line(monkeypatc
         plan.devices_of("v9:2x2")
     with pytest.raises(ValueError, match="runs/sft is not known here, and there is no runs/sft/config.json"):
         plan.architecture("runs/sft", ppo.get_config("tiny").model, {})
+
+
+def test_a_pass_moves_the_head_once_however_many_chunks_of_logits_it_has():
+    config = decoder.DecoderConfig(
+        vocab=512, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=32, context=512, remat="full"
+    )
+    model, mesh = decoder.build(config), shard.make_mesh(data=1, fsdp=8)
+    made = jax.eval_shape(model.init, jax.random.key(0))
+    params, moved = plan.shaped(shard.unbox(made), shard.shardings(made, mesh)), []
+    for length in (128, 512):
+        ints, floats = (jax.ShapeDtypeStruct((8, length), kind) for kind in (jnp.int32, jnp.float32))
+        batch = plan.rows(Batch(ints, ints, floats), mesh)
+        found = work_of(jax.grad(lambda *args: supervised.sft(*args, model=model)[0]), params, batch, mesh=mesh)
+        moved.append(sum(size for _, size in found.collectives.values()))
+    head = 4 * 512 * 16
+    assert 2 * head < moved[0] and moved[1] == pytest.approx(moved[0], rel=0.02)
 
 
 compiles_for_tpus = pytest.mark.skipif(util.find_spec("libtpu") is None, reason='no libtpu: pip install -e ".[pods]"')
