@@ -218,8 +218,8 @@ def test_a_pass_moves_the_head_once_however_many_chunks_of_logits_it_has():
         batch = plan.rows(Batch(ints, ints, floats), mesh)
         found = work_of(jax.grad(lambda *args: supervised.sft(*args, model=model)[0]), params, batch, mesh=mesh)
         moved.append(sum(size for _, size in found.collectives.values()))
-    head = 4 * 512 * 16
-    assert 2 * head < moved[0] and moved[1] == pytest.approx(moved[0], rel=0.02)
+    head = 4 * 512 * 16  # 2 chunks, and 8: what else grows is that of looking up more embeddings
+    assert 2 * head < moved[0] and moved[1] - moved[0] < 2 * head
 
 
 compiles_for_tpus = pytest.mark.skipif(util.find_spec("libtpu") is None, reason='no libtpu: pip install -e ".[pods]"')
