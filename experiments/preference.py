@@ -80,11 +80,11 @@ def against_reference(logp, loaded, held_out):
     return measure
 
 
-def learn_from(kind, config, loaded, mesh, train, logp, layout):
+def learn_from(kind, config, loaded, mesh, train, logp, layout=None):
     """-> (data_at, ready): what a step trains on, of the kind that the objective takes.
 
     ready(params, data) -> data: puts in what depends on the policy as it is before the update, which is KTO's z0.
-    Args: logp: (params, documents) -> nats [n]; layout: of the rows of pairs.
+    Args: logp: (params, documents) -> nats [n]; layout: of the rows of pairs, where it is another than the config's.
     """
     lengths = {"length": config.data.length, "source_length": config.data.source_length}
     vocab, reference = loaded.model.config.vocab, loaded.reference
@@ -92,7 +92,7 @@ def learn_from(kind, config, loaded, mesh, train, logp, layout):
 
     def pairs_at(i):
         numbers = tables.order(len(train), config.run.batch, seed=config.seed, step=i)
-        pairs = reward.data_of(kind, [train[n] for n in numbers], vocab, **layout)
+        pairs = reward.data_of(kind, [train[n] for n in numbers], vocab, **(layout or lengths))
         return shard.place(pairs.replace(ref_chosen=ref[0, numbers], ref_rejected=ref[1, numbers]), mesh)
 
     def labelled_at(i):

@@ -64,11 +64,11 @@ def _given(batch: Batch, scores):
     return batch, jnp.where(given, scores, 0), given
 
 
-def describe(rollout: Rollout, entropy=None, *, eos: int, group: int = 1) -> dict:
+def describe(rollout: Rollout, entropy, eos: int, group: int = 1) -> dict:
     """What to log of a rollout, before any update.
 
     policy/kl (k1, nats a response: the sum over tokens), policy/kl_k2 and policy/kl_k3 (other estimates of it), policy/entropy
-    (nats a token; where it is given), policy/length (tokens), policy/eos_rate; reward/score, reward/score_std, reward/total (score
+    (nats a token; none without), policy/length (tokens), policy/eos_rate; reward/score, reward/score_std, reward/total (score
     less KL penalty, a response); reward/abstained, the share of responses that have no score, of which nothing else here speaks;
     value/explained, 1 - var(target - value)/var(target); advantage/std, before whitening. With groups, reward/equal, the share of
     those whose scores are all equal, so that nothing can be learned from them.
