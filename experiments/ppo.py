@@ -197,7 +197,8 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
     def sharing(group):
         """The policy for rows that answer the same prompts; episodes are padded otherwise."""
         first, _ = common.prompt_columns(policy.model, config.prompts.length)
-        return policy.model if play or group == 1 else policy.model.sharing(group, first)
+        alone = play or group == 1 or shard.crowded(mesh)
+        return policy.model if alone else policy.model.sharing(group, first)
 
     update = make_step(
         algorithm.objective(config, sharing(algorithm.together(config))),

@@ -136,7 +136,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None, objective=No
 
     lengths = {"length": config.data.length, "source_length": config.data.source_length}
     logp = reward.by_document(said, loaded.model, mesh, size=config.run.batch, **lengths)
-    layout, model = reward.together(kind, train, lengths, loaded.model, objective)
+    layout, model = reward.together(kind, train, lengths, loaded.model, mesh, objective)
     data_at, ready = learn_from(kind, config, loaded, mesh, train, logp, layout)
     tx = optim.adam(steps=config.run.steps, **config.optim)
     state, where = common.new_state(loaded, tx, mesh)

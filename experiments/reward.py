@@ -210,12 +210,14 @@ def data_of(kind, rows, vocab: int, *, most: int = 2, **lengths):
     return data
 
 
-def together(kind, rows, lengths: dict, model, own=None):
+def together(kind, rows, lengths: dict, model, mesh, own=None):
     """-> (the layout of rows, for `data_of`; the model that reads the prompt of both responses once, where that saves enough)
 
     Args: own: an objective that is none of the library's; it may read the responses one by one, so nothing is shared.
     """
-    prompt, length = (0, 0) if own or kind not in (Pairs, Judged) else tables.in_common(rows, lengths["length"])
+    prompt, length = (
+        (0, 0) if own or kind not in (Pairs, Judged) or shard.crowded(mesh) else tables.in_common(rows, lengths["length"])
+    )
     return ({**lengths, "length": length, "prompt": prompt}, model.sharing(2, prompt)) if prompt else (lengths, model)
 
 
@@ -285,7 +287,7 @@ def train(config, workdir: Path, stages: launch.Stages, others: list, objective)
     loaded = loaded._replace(params=normalised(loaded.params, config.normalise.before)[0])
     tx = optim.adam(steps=config.run.steps, **config.optim)
     state, where = common.new_state(loaded, tx, mesh)
-    layout, model = together(kind, rows, lengths, loaded.model, objective)
+    layout, model = together(kind, rows, lengths, loaded.model, mesh, objective)
     step = make_step(partial(learnt, model=model), tx, accumulate=config.run.accumulate, **config.guard)
     step = shard.compile_step(step, mesh, where)
     most = max(len(row) - 1 for row in rows)  # responses a prompt

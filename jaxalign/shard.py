@@ -118,7 +118,7 @@ def create(make, mesh: Mesh, *args):
     """make(*args) with every leaf made where it belongs: no device ever holds the whole of a sharded tree. -> (tree, shardings)"""
     where = shardings(jax.eval_shape(make, *args), mesh)
     with jax.set_mesh(mesh):
-        return jax.jit(lambda *a: unbox(make(*a)), out_shardings=where)(*args), where
+        return one_at_a_time(jax.jit(lambda *a: unbox(make(*a)), out_shardings=where)(*args)), where
 
 
 def split_of(shape, mesh) -> P:
@@ -196,6 +196,12 @@ def together(what: str):
     """Wait until every process has come here: what process 0 wrote before is then there for all."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def crowded(mesh: Mesh) -> bool:
+    """Whether devices of this mesh are CPUs that share few threads. There the collectives of a program which has many at a time,
+    such as one that shares prompts (Model.sharing), were seen to wait for each other's for ever."""
+    return mesh.size > 1 and jax.default_backend() == "cpu"
 
 
 def one_at_a_time(out):
