@@ -215,9 +215,8 @@ def together(kind, rows, lengths: dict, model, mesh, own=None):
 
     Args: own: an objective that is none of the library's; it may read the responses one by one, so nothing is shared.
     """
-    prompt, length = (
-        (0, 0) if own or kind not in (Pairs, Judged) or shard.crowded(mesh) else tables.in_common(rows, lengths["length"])
-    )
+    alone = own or kind not in (Pairs, Judged) or shard.crowded(mesh)
+    prompt, length = (0, 0) if alone else tables.in_common(rows, lengths["length"])
     return ({**lengths, "length": length, "prompt": prompt}, model.sharing(2, prompt)) if prompt else (lengths, model)
 
 
