@@ -27,7 +27,6 @@ from jaxalign.prompts import answers, demonstrations, reasoning, retrieval, temp
 from jaxalign.prompts.template import Prompt
 from jaxalign.train import log
 
-CONTEXT = 2048  # most tokens of a model that has no longest text
 CHUNK = 8  # batches of requests that take two stages, or several windows, before their records are written
 
 
@@ -137,19 +136,17 @@ def asker(config, task, requests: list[Request], keyed, document, loaded, mesh, 
         return [(x, thought.text) for x, thought in zip(said, thoughts, strict=True)]
 
     def ask(params, numbers, tell):
-        alike, reads, writes = {}, [], {}
+        scored, reads, writes = [], [], {}
         for k, n in enumerate(numbers):
             _, prompt, answer, until, _ = requests[n]
             if answer is not None:
-                one = document(prompt, answer)
-                alike.setdefault((one.ids, one.weights.tobytes()), (one, []))[1].append(k)  # content-free ones often are
+                scored.append((k, document(prompt, answer)))
             elif until is None:
                 reads.append(k)
             else:
                 writes.setdefault(until, []).append(k)
-        if alike:
-            scored, owners = zip(*alike.values())
-            score(params, list(scored), lambda which, said: [tell(k, said) for k in owners[which]])
+        if scored:
+            score(params, [one for _, one in scored], lambda which, said: tell(scored[which][0], said))
         for part in _chunks(reads, chunk):
             texts = [engine.encoded(tokenizer, requests[numbers[k]].prompt.text) for k in part]
             found = engine.rolling(score, params, texts, length=length, prefix=engine.prefix_of(tokenizer))
@@ -176,7 +173,7 @@ def prepare(config, loaded, mesh, count: int):
     if config.task not in TASKS:
         raise ValueError(f"task = {config.task!r}; there are {', '.join(TASKS)}")
     task, tokenizer, start, seed = TASKS[config.task], loaded.tokenizer, common.start_of(loaded.model), config.seed
-    length = config.length or getattr(loaded.model.config, "context", CONTEXT)
+    length = engine.longest(loaded.model, config.length)
     if task.reads and start is not None:
         raise ValueError("an encoder-decoder has no log-probability of a text without a source")
     if config.draws > 1 and not config.sample.temperature:

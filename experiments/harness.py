@@ -30,8 +30,6 @@ try:
 except ImportError as error:
     raise ImportError('this runs tasks of lm-evaluation-harness: pip install -e ".[eval]"') from error
 
-CONTEXT = 2048  # most tokens of a model that has no longest text, as the harness has it
-
 
 class Harness(LM):
     """A model (common.load) as the harness asks it. Texts are tokenised as its own back end for transformers does it.
@@ -45,7 +43,7 @@ class Harness(LM):
         super().__init__()
         self.model, self.params, self.tokenizer = loaded.model, loaded.params, loaded.tokenizer
         self.tokenizer_digest, self.start = loaded.tokenizer_digest, common.start_of(loaded.model)
-        self.length = length or getattr(loaded.model.config, "context", CONTEXT)
+        self.length = engine.longest(loaded.model, length)
         self.key, self.cut = keys.key(seed, "evaluate"), 0
         self.score = engine.scorer(self.model, mesh, batch=batch, length=self.length)
         make = partial(engine.generator, self.model, mesh, self.tokenizer, batch=batch, context=self.length)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import common, ensemble, evaluate, launch
+from experiments import common, ensemble, launch
 from jaxalign import shard
 from jaxalign.data import sources, tables, text
 from jaxalign.evaluation import engine, records, statistics
@@ -56,7 +56,7 @@ def outcome(first: float, second: float) -> float:
 def by_prompt(config, loaded, mesh, rows):
     """A judge who reads both answers and says (A) or (B). -> (how it is asked, requests a pair, ask, judge), for records.collect"""
     form, tokenizer, start = template.load(config.template), loaded.tokenizer, common.start_of(loaded.model)
-    length = config.length or getattr(loaded.model.config, "context", evaluate.CONTEXT)
+    length = engine.longest(loaded.model, config.length)
     score = engine.scorer(loaded.model, mesh, batch=config.batch, length=length)
     orders = [("ours", "theirs"), ("theirs", "ours")]
     asked = [[template.render(form, row | {"first": row[a], "second": row[b]}) for a, b in orders] for row in rows]
@@ -81,7 +81,7 @@ def by_reward(config, loaded, mesh, rows):
     """A reward model, which reads each answer alone, so that there is no order. Arguments and results as of `by_prompt`."""
     first, judges, scores = loaded
     tokenizer, start = first.tokenizer, common.start_of(first.model)
-    length = config.length or getattr(first.model.config, "context", evaluate.CONTEXT)
+    length = engine.longest(first.model, config.length)
     work = shard.on_mesh(jax.jit(scores), mesh)
 
     def document(n):

@@ -121,19 +121,14 @@ class Asker(NamedTuple):
             return told[n] | {"said": max(p, key=p.get), "target": targets[n], "p": p} | right
 
         def score(numbers, tell):
-            same = {}  # documents that are alike are read once: those without content
-            for k, n in enumerate(numbers):
-                same.setdefault((documents[n].ids, documents[n].weights.tobytes()), []).append(k)
-            alike = [*same.values()]
-            first = [documents[numbers[each[0]]] for each in alike]
-            self.score(self.loaded.params, first, lambda i, said: [tell(k, said.logp) for k in alike[i]])
+            self.score(self.loaded.params, [documents[n] for n in numbers], lambda k, said: tell(k, said.logp))
 
         return records.collect(self.path, wanted, [len(words) * (1 + len(free))] * len(prompts), score, judge)
 
 
 def asker(loaded, mesh, path, *, seed: int, batch: int, length: int, written: int) -> Asker:
     """Args: length: 0: as many tokens as the model was made for."""
-    length = length or loaded.model.config.context
+    length = engine.longest(loaded.model, length)
     score = engine.scorer(loaded.model, mesh, batch=batch, length=length)
     generate = engine.generator(loaded.model, mesh, loaded.tokenizer, batch=batch, context=length, length=written, temperature=0.0)
     return Asker(loaded, score, generate, path, keys.key(seed, "evaluate"), length, written)

@@ -80,24 +80,20 @@ def describe(rollout: Rollout, entropy, eos: int, group: int = 1) -> dict:
     missed = masked_variance(rollout.target - rollout.value, weights)
     spread = masked_variance(rollout.target, weights)
     equal = {"reward/equal": 1 - differs(rollout, group).mean()} if group > 1 else {}
-    spread_out = {} if entropy is None else {"policy/entropy": masked_mean(entropy, weights)}
-    return (
-        equal
-        | spread_out
-        | {
-            "policy/kl": masked_sum(divergences.k1(*pair), weights) / rows,
-            "policy/kl_k2": masked_sum(divergences.k2(*pair), weights) / rows,
-            "policy/kl_k3": masked_sum(divergences.k3(*pair), weights) / rows,
-            "policy/length": weights.sum() / rows,
-            "policy/eos_rate": masked_mean(ended(rollout.batch, eos), given),
-            "reward/score": masked_mean(rollout.score, given),
-            "reward/score_std": jnp.sqrt(masked_variance(rollout.score, given)),
-            "reward/total": rollout.reward.sum() / rows,
-            "reward/abstained": 1 - given.mean(),
-            "value/explained": 1 - missed / jnp.maximum(spread, 1e-8),
-            "advantage/std": jnp.sqrt(missed),  # target - value is the advantage that was not whitened
-        }
-    )
+    known = equal if entropy is None else equal | {"policy/entropy": masked_mean(entropy, weights)}
+    return known | {
+        "policy/kl": masked_sum(divergences.k1(*pair), weights) / rows,
+        "policy/kl_k2": masked_sum(divergences.k2(*pair), weights) / rows,
+        "policy/kl_k3": masked_sum(divergences.k3(*pair), weights) / rows,
+        "policy/length": weights.sum() / rows,
+        "policy/eos_rate": masked_mean(ended(rollout.batch, eos), given),
+        "reward/score": masked_mean(rollout.score, given),
+        "reward/score_std": jnp.sqrt(masked_variance(rollout.score, given)),
+        "reward/total": rollout.reward.sum() / rows,
+        "reward/abstained": 1 - given.mean(),
+        "value/explained": 1 - missed / jnp.maximum(spread, 1e-8),
+        "advantage/std": jnp.sqrt(missed),  # target - value is the advantage that was not whitened
+    }
 
 
 def ended(batch: Batch, eos: int):

@@ -201,7 +201,7 @@ def together(what: str):
 def crowded(mesh: Mesh) -> bool:
     """Whether devices of this mesh are CPUs that share few threads. There the collectives of a program which has many at a time,
     such as one that shares prompts (Model.sharing), were seen to wait for each other's for ever."""
-    return mesh.size > 1 and jax.default_backend() == "cpu"
+    return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def one_at_a_time(out):

@@ -27,6 +27,7 @@ from jaxalign.score import by_chunk, of_logits, shift
 
 SHORT = 32  # columns: the least, and those in which the targets of most requests are
 ENDS = 8  # documents that differ in the last token alone, such as letters of choices, and are read as one row
+CONTEXT = 2048  # most tokens of a model that has no longest text, as lm-evaluation-harness has it
 
 
 class Said(NamedTuple):
@@ -47,6 +48,11 @@ class Written(NamedTuple):
     cut: bool  # the prompt was too long, and lost its start
 
 
+def longest(model, length: int = 0) -> int:
+    """`length`, or, where that is 0, as many tokens as the model was made for."""
+    return length or getattr(model.config, "context", CONTEXT)
+
+
 def scorer(model, mesh, *, batch: int, length: int):
     """-> score(params, documents, tell=None) -> [Said], one a document.
 
@@ -62,13 +68,13 @@ def scorer(model, mesh, *, batch: int, length: int):
         kept = [document for document, _ in fitted]
         reads = _shared(kept)
         found = [None] * len(kept)
-        for (wide, sources, last), rows, count in _alike([_shape(kept[read[0]], length) for read in reads], batch):
-            asked = [_but_last(kept[reads[row][0]]) for row in rows]
-            ends = np.array([[kept[n].tokens[-1] for n in (reads[row] * ENDS)[:ENDS]] for row in rows], np.int32)
+        for (wide, sources, last), rows, count in _alike([_shape(kept[read[0][0]], length) for read in reads], batch):
+            asked = [_but_last(kept[reads[row][0][0]]) for row in rows]
+            ends = np.array([[kept[same[0]].tokens[-1] for same in (reads[row] * ENDS)[:ENDS]] for row in rows], np.int32)
             placed = _placed(asked, wide, sources, model, mesh)
             logp, greedy = shard.fetch(work(params, placed, shard.place(ends, mesh), last))
             for r, row in enumerate(rows[:count]):
-                for end, n in enumerate(reads[row]):
+                for end, n in ((end, n) for end, same in enumerate(reads[row]) for n in same):
                     targets = int((kept[n].weights > 0).sum())
                     found[n] = Said(float(logp[r, end]), bool(greedy[r, end]), targets, fitted[n][1])
                     if tell:
@@ -235,13 +241,15 @@ def _but_last(document):
     return document._replace(tokens=document.tokens[:-1], weights=document.weights[:-1])
 
 
-def _shared(documents) -> list[list[int]]:
-    """Numbers of documents that are one but for the last token, at most ENDS together."""
+def _shared(documents) -> list[list[list[int]]]:
+    """Numbers of documents that are one but for the last token: a list for each last token, at most ENDS of these together."""
     groups = {}
     for number, document in enumerate(documents):
         read = _but_last(document)
-        groups.setdefault((read.ids, (read.weights > 0).tobytes()), []).append(number)
-    return [group[start : start + ENDS] for group in groups.values() for start in range(0, len(group), ENDS)]
+        ends = groups.setdefault((read.ids, (read.weights > 0).tobytes()), {})
+        ends.setdefault(int(document.tokens[-1]), []).append(number)
+    whole = [[*ends.values()] for ends in groups.values()]
+    return [group[start : start + ENDS] for group in whole for start in range(0, len(group), ENDS)]
 
 
 def _sides(document, length: int, source_length: int) -> tuple[int, int]:
