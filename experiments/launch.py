@@ -14,6 +14,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import socket
 import sys
 from collections import Counter
@@ -57,6 +58,7 @@ def main(run, name: str, *, folder: bool = True, check=check):
             check(given.config)
             if folder:
                 with writing(given.workdir) as workdir:
+                    log.write_text(workdir / "command.txt", shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]]))
                     run(given.config, workdir)
             else:
                 run(given.config)

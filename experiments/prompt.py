@@ -3,8 +3,8 @@
 How often a model is right against k, the demonstrations in its prompt: chosen at random, balanced or nearest, plain and
 calibrated, without and with chains of thought ("Let's think step by step." where k = 0). Beside that the same model without
 demonstrations, once SFT or GRPO has trained it on rows of the same pool. All are asked the same rows, in the same words. Leaves
-report.html, summary.json, figures.json and records.jsonl, a line for each row and each way to ask; what is there is not asked
-again.
+report.html and what it is made of (experiments/study.py), and records.jsonl, a line for each row and each way to ask; what is
+there is not asked again.
 """
 
 from dataclasses import replace
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import common, grpo, launch, ppo, sft
+from experiments import common, grpo, launch, ppo, sft, study
 from jaxalign import keys, shard
 from jaxalign.data import text
 from jaxalign.evaluation import engine, records, statistics
 from jaxalign.objectives import online
 from jaxalign.prompts import answers, demonstrations, extract, reasoning, retrieval
 from jaxalign.prompts import template as templates
-from jaxalign.train import log, report
+from jaxalign.train import log
 
 READ = {f.__name__: f for f in (extract.after, extract.number, extract.letter, extract.yes_no)}
 
@@ -184,19 +184,38 @@ def write_rows(path, task: Task):
             write({"prompt": prompt.text, "answer": templates.target(task.direct, row) + prompt.after})
 
 
+def findings(summary: dict) -> list[str]:
+    """What the numbers say, in sentences: {"way/k" or "SFT", ..., and the same with _error}."""
+
+    def told(name):
+        return f"{summary[name]:.2f} ± {summary[f'{name}_error']:.2f}"
+
+    prompted = [name for name in summary if "/" in name and not name.endswith("_error")]
+    best = max(prompted, key=summary.get)
+    way, _, k = best.rpartition("/")
+    said = [f"Of {len(prompted)} ways to prompt the best one here is {way} with {k} demonstrations: {told(best)} of rows right."]
+    said.append("It was chosen by the same rows, so on others it is likely to be worse.")
+    for name in ("SFT", "GRPO"):
+        if name in summary:
+            apart = 2 * float(np.hypot(summary[f"{name}_error"], summary[f"{best}_error"]))
+            better = summary[name] - summary[best]
+            than = "as much as" if abs(better) <= apart else "more than" if better > 0 else "less than"
+            said.append(f"{name}, asked without demonstrations, has {told(name)}, {than} the best prompt (two errors decide).")
+    return said
+
+
 def run(config, workdir):
     mesh = shard.make_mesh(**config.mesh)
     task, settings = task_of(**config.task, seed=config.seed), {"batch": config.batch, "length": config.length}
     settings |= {"written": config.written, "seed": config.seed}
     load = partial(common.load, settings=config.model, mesh=mesh, seed=config.seed)
-    log.write_json(workdir / "config.json", log.plain(config))
     asked = partial(asker, mesh=mesh, path=workdir / "records.jsonl", **settings)
     drawn, summary = {}, {}
     for way, by_k in curves(asked(load(config.model.source)), task, **config.curve).items():
         for name, shown in (("right", way), ("calibrated", f"{way}, calibrated")):
             for k, found in by_k.items() if all(name in each[0] for each in by_k.values()) else ():
                 value, error = accuracy(found, name)
-                drawn.setdefault(shown, []).append([k, value])
+                drawn.setdefault(shown, []).append([k, value, error])
                 summary |= {f"{shown}/{k}": value, f"{shown}/{k}_error": error}
                 log.say(f"{shown}, k = {k}: {value:.3f} ± {error:.3f}")
     write_rows(workdir / "train.jsonl", task)
@@ -210,14 +229,11 @@ def run(config, workdir):
             prompts = tuned.prompts(task, task.direct, task.rows, demonstrations.in_order, k=0)
             found = tuned.ask(name, task, prompts)
             value, error = accuracy(found)
-            drawn[name] = [[ks[0], value], [ks[-1], value]]
+            drawn[name] = [[ks[0], value, error], [ks[-1], value, error]]
             summary |= {name: value, f"{name}_error": error}
             log.say(f"{name}, no shots: {value:.3f} ± {error:.3f}")
     figure = {"Share of held-out rows that are answered rightly": {"x": "demonstrations", "curves": drawn}}
-    log.write_json(workdir / "figures.json", figure)
-    log.write_json(workdir / "summary.json", summary)
-    report.write(workdir)
-    log.say(f"report in {workdir / 'report.html'}")
+    study.leave(workdir, config, summary, figure, findings(summary))
 
 
 if __name__ == "__main__":

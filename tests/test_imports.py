@@ -26,7 +26,8 @@ ROOMS = [  # of jaxalign; each may import those before it, and itself
         "rewards",
         "rollout",
     ),
-    *("data", "prompts", "train.checkpoint", "train.log", "train.report", "train.watch", "train.loop", "evaluation", "feedback"),
+    *("data", "prompts", "train.checkpoint", "train.log", "train.chart", "train.report", "train.watch", "train.loop"),
+    *("evaluation", "feedback"),
     *("oracle", "contract"),
 ]
 ONLY_IN = {  # a library: where it may be imported

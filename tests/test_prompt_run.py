@@ -39,6 +39,13 @@ def stories(shared):
     return common.load(source, ConfigDict({"source": source, **MODEL}), mesh, seed=0)
 
 
+def test_words_about_prompts_follow_the_numbers():
+    summary = {"random/0": 0.5, "nearest, calibrated/4": 0.7, "SFT": 0.9, "GRPO": 0.75}
+    best, _, tuned, close = prompt.findings(summary | {f"{name}_error": 0.05 for name in summary})
+    assert "nearest, calibrated with 4 demonstrations: 0.70 ± 0.05" in best
+    assert "0.90 ± 0.05, more than" in tuned and "0.75 ± 0.05, as much as" in close
+
+
 def test_a_curve_and_what_training_makes_of_the_model(shared, stories, tmp_path):
     config = here(prompt_config.get_config("tiny"), shared)
     prompt.run(config, tmp_path)

@@ -1,10 +1,7 @@
 """The report: one file that loads nothing, shows what the run left, and runs nothing that a model wrote."""
 
 import json
-import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
-
-import pytest
 
 from jaxalign.train import report
 
@@ -81,28 +78,12 @@ def test_samples_of_different_prompts_stand_side_by_side(tmp_path):
     assert "▲" not in words  # scores of different prompts are not compared
 
 
-@pytest.mark.parametrize("ys", [[1.0], [0.0, 0.0], [-1e-9, 1e-9], [1e6, 3e6], [5.0, -5.0] * 700])
-def test_a_chart_is_svg_with_every_point_inside_and_the_last_value_written(ys):
-    figure = report.chart("a < b", {"x": list(enumerate(ys))})
-    svg = ET.fromstring(figure[figure.index("<svg") : figure.index("</svg>") + 6])
-    for line in svg.iter("polyline"):
-        for point in line.get("points").split():
-            x, y = map(float, point.split(","))
-            assert report.LEFT <= x <= report.WIDTH - report.RIGHT and report.TOP <= y <= report.HEIGHT - report.BOTTOM
-    written = [text.text for text in svg.iter("text") if text.get("class") == "last"]
-    assert written == [report.short(report.running_mean(list(enumerate(ys)))[-1][1])]
-    assert len(list(svg.iter("line"))) >= 2
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (-0.37, 12.4), (1e-7, 3e-7), (99_000, 101_000)])
-def test_ticks_are_few_round_and_inside(low, high):
-    marks = report.ticks(low, high, 5)
-    assert 2 <= len(marks) <= 6 and low <= marks[0] and marks[-1] <= high * (1 + 1e-9)
-    step = marks[1] - marks[0]
-    assert any(abs(step / 10**e - m) < 1e-6 for e in range(-12, 9) for m in (1, 2, 5))
-
-
-def test_a_running_mean_is_a_mean():
-    points = [(i, float(i % 2)) for i in range(600)]
-    assert report.running_mean(points[:59]) == points[:59]
-    assert [y for _, y in report.running_mean(points)[20:]] == pytest.approx([0.5] * 580)
+def test_a_study_says_what_it_found_and_by_which_command(tmp_path):
+    figures = {"Gold & proxy": {"x": "KL", "curves": {"gold": [[0, 1, 0.1], [1, 2, None]], "dots": [[0, 2]]}, "points": ["dots"]}}
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
+    (tmp_path / "findings.txt").write_text(f"{EVIL}\nMore is more.\n")
+    (tmp_path / "command.txt").write_text("python -m experiments.x\n")
+    page = Page(report.write(tmp_path).read_text())
+    assert not page.tags & {"script", "b"} and "No step was logged." not in page.text
+    words = page.text
+    assert words.index(EVIL) < words.index("More is more.") < words.index("Gold & proxy") < words.index("python -m experiments.x")

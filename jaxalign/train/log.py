@@ -47,6 +47,12 @@ def write_json(path, value):
         _replace(Path(path), json.dumps(value, indent=2, default=str).encode() + b"\n")
 
 
+def write_text(path, text: str):
+    """Likewise, of text to which a line's end is added."""
+    if jax.process_index() == 0:
+        _replace(Path(path), text.encode() + b"\n")
+
+
 def _replace(path: Path, data: bytes):
     new = path.with_name(f".{path.name}.new")
     new.write_bytes(data)

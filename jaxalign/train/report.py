@@ -1,10 +1,11 @@
 """report.html: a run at a glance. One file, no script, nothing loaded from anywhere: it can be mailed."""
 
 import json
-import math
 from html import escape
 from pathlib import Path
 
+from jaxalign.train.chart import COLOURS, SMOOTH, chart
+from jaxalign.train.chart import CSS as CHART
 from jaxalign.train.log import duration, flat, read_json, read_lines, short
 
 CHARTS = (  # title, metrics; those that a run has not are left out, those not named here are drawn further down, one a chart
@@ -29,28 +30,21 @@ CHARTS = (  # title, metrics; those that a run has not are left out, those not n
 FIRST = 9  # charts that are not folded away
 SAMPLES = 12
 SCORES = ("score", "proxy", "gold")  # of a sample: more is better
-SMOOTH = 60  # points from which on a running mean is drawn over the curve
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 46, 62, 12, 24  # of a chart, and the margins of its axes
 
-CSS = """
-:root { color-scheme: light dark; --ink: #1c2024; --faint: #69707a; --line: #d9dde2; --card: #fff; --page: #f5f6f8; --chip: #eef0f3;
-  --c0: #2563c9; --c1: #d2691e; --c2: #2e8b57; --c3: #a23b9c; --up: #1f7a46; --down: #b3362b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e5e8ec; --faint: #949ca7; --line: #343a42; --card: #1b1f24; --page: #121518;
-  --chip: #2a3037; --c0: #6ea8fe; --c1: #f0a05a; --c2: #63c68d; --c3: #d98ad4; --up: #63c68d; --down: #f08a80; } }
+CSS = f"""{COLOURS}{CHART}
+:root {{ --page: #f5f6f8; --chip: #eef0f3; --up: #1f7a46; --down: #b3362b; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #121518; --chip: #2a3037; --up: #63c68d; --down: #f08a80; }} }}
+"""
+CSS += """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 20px 16px 60px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 24px; margin: 8px 0 0; overflow-wrap: anywhere; } h2 { font-size: 18px; margin: 34px 0 12px; }
 p.about { margin: 2px 0 0; color: var(--faint); }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
+.grid.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; min-width: 0; }
-figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; }
-svg { display: block; width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: var(--faint); }
-svg .grid-line { stroke: var(--line); } svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
-svg .raw { fill: none; stroke-width: 1; opacity: .35; } svg .last { font-weight: 600; }
-.legend { font-size: 12px; color: var(--faint); }
-.legend b { display: inline-block; width: 10px; height: 3px; margin: 0 5px 3px 0; }
-.legend span { margin-right: 12px; white-space: nowrap; }
+figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; } .findings p { margin: 6px 0; max-width: 75ch; }
 .result { max-width: 620px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; } td { padding: 5px 0; border-top: 1px solid var(--line); }
 tr:first-child td { border-top: 0; } td:first-child { color: var(--faint); padding-right: 14px; overflow-wrap: anywhere; }
@@ -67,21 +61,28 @@ pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospac
 
 
 def write(workdir) -> Path:
-    """Make workdir/report.html from the files of a run, finished or not: metrics, summary, config, samples. -> its path
+    """Make workdir/report.html from the files of a run, finished or not. -> its path
 
-    figures.json, where it is there, is {title: {"x": what is across, "curves": {name: [[x, y], ...]}}}.
+    metrics.jsonl, summary.json, config.json and samples.jsonl; of a study findings.txt, a paragraph a line, and figures.json,
+    {title: the arguments of `chart.chart`}; command.txt, what was typed.
     """
     workdir = Path(workdir)
     lines, samples = read_lines(workdir / "metrics.jsonl"), read_lines(workdir / "samples.jsonl")
     summary, config, figures = (read_json(workdir / f"{name}.json") for name in ("summary", "config", "figures"))
     shown, folded = _charts(lines)
-    parts = [f"<h1>{escape(workdir.resolve().name)}</h1>", f'<p class="about">{_about(lines)}</p>']
+    findings, command = (_lines(workdir / f"{name}.txt") for name in ("findings", "command"))
+    parts = [f"<h1>{escape(workdir.resolve().name)}</h1>"]
+    if lines or not findings:
+        parts.append(f'<p class="about">{_about(lines)}</p>')
+    if findings:
+        parts.append('<h2>Findings</h2><div class="findings">' + "".join(f"<p>{escape(x)}</p>" for x in findings) + "</div>")
+    if figures:
+        drawn = "".join(_figure(title, **figure) for title, figure in figures.items())
+        parts.append(f'<h2>Figures</h2><div class="grid wide">{drawn}</div>')
+    parts += [f"<pre>{escape(line)}</pre>" for line in command]
     if summary:
         rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(_text(v))}</td></tr>" for k, v in flat(summary).items())
         parts.append(f'<h2>Result</h2><div class="card result"><table>{rows}</table></div>')
-    if figures:
-        drawn = "".join(chart(title, figure["curves"], figure["x"]) for title, figure in figures.items())
-        parts.append(f'<h2>Figures</h2><div class="grid">{drawn}</div>')
     if shown:
         parts.append(f'<h2>Curves</h2><div class="grid">{"".join(shown)}</div>')
     if folded:
@@ -97,6 +98,14 @@ def write(workdir) -> Path:
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
     (workdir / "report.html").write_text(page, encoding="utf-8")
     return workdir / "report.html"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _figure(title: str, curves, **settings) -> str:
+    return f'<figure class="card"><figcaption>{escape(title)}</figcaption>{chart(title, curves, **settings)}</figure>'
 
 
 def _about(lines: list[dict]) -> str:
@@ -121,72 +130,9 @@ def _charts(lines: list[dict]) -> tuple[list[str], list[str]]:
     known = [(title, {n: curves.pop(n) for n in names if n in curves}) for title, names in CHARTS]
     known = [(title, found) for title, found in known if found]
     rest = [(name, {name: points}) for name, points in sorted(curves.items(), key=lambda item: item[0].startswith("time/"))]
-    drawn = [chart(title, found) for title, found in known + rest]
+    drawn = [_figure(title, found) for title, found in known + rest]
     first = min(FIRST, len(known)) or FIRST
     return drawn[:first], drawn[first:]
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers within [low, high]."""
-    step = 10.0 ** math.floor(math.log10((high - low) / count))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= count)
-    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def chart(title: str, curves: dict[str, list], across: str = "step") -> str:
-    """A figure of curves {name: [(x, y), ...]}: axes with ticks, the last value of each written beside it; steps are whole."""
-    xs, ys = ([point[k] for points in curves.values() for point in points] for k in (0, 1))
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    x1, margin = max(x1, x0 + 1) if across == "step" or x0 == x1 else x1, (y1 - y0) * 0.06 or abs(y1) * 0.1 or 1.0
-    y0, y1 = y0 - margin, y1 + margin
-
-    def at(x, y):
-        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    svg = []
-    for y in ticks(y0, y1, 6):
-        _, row = at(x0, y)
-        svg.append(f'<line class="grid-line" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{row:.1f}" y2="{row:.1f}"/>')
-        svg.append(f'<text x="{LEFT - 6}" y="{row + 4:.1f}" text-anchor="end">{short(round(y, 12))}</text>')
-    for x in ticks(x0, x1, 6):
-        if x == int(x) or across != "step":
-            column, _ = at(x, y0)
-            label = short(int(x) if x == int(x) else round(x, 12))
-            svg.append(f'<text x="{column:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{label}</text>')
-    svg.append(f'<text x="{WIDTH - RIGHT + 8}" y="{HEIGHT - 6}">{escape(across)}</text>')
-    labels = []
-    for k, (name, points) in enumerate(curves.items()):
-        colour, mean = f"var(--c{k % 4})", running_mean(points)
-        if mean is not points:
-            svg.append(f'<polyline class="raw" stroke="{colour}" points="{_path(points, at)}"/>')
-        svg.append(f'<polyline class="curve" stroke="{colour}" points="{_path(mean, at)}"><title>{escape(name)}</title></polyline>')
-        column, row = at(*mean[-1])
-        svg.append(f'<circle cx="{column:.1f}" cy="{row:.1f}" r="3" fill="{colour}"/>')
-        labels.append((row, colour, short(mean[-1][1])))
-    below = -math.inf
-    for row, colour, text in sorted(labels):  # no label over another
-        below = max(row, below + 12)
-        svg.append(f'<text class="last" x="{WIDTH - RIGHT + 8}" y="{below + 4:.1f}" style="fill: {colour}">{text}</text>')
-    names = "".join(f'<span><b style="background: var(--c{k % 4})"></b>{escape(name)}</span>' for k, name in enumerate(curves))
-    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(svg)}</svg>'
-    return f'<figure class="card"><figcaption>{escape(title)}</figcaption>{picture}<div class="legend">{names}</div></figure>'
-
-
-def running_mean(points: list) -> list:
-    """Means over the last len/30 points; the points themselves where they are few."""
-    if len(points) < SMOOTH:
-        return points
-    size, total, means = len(points) // 30, 0.0, []
-    for k, (x, y) in enumerate(points):
-        total += y - (points[k - size][1] if k >= size else 0.0)
-        means.append((x, total / min(k + 1, size)))
-    return means
-
-
-def _path(points: list, at) -> str:
-    every = max(1, len(points) // 800)
-    return " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in [*points[:-1][::every], points[-1]])
 
 
 def _before_and_after(samples: list[dict]) -> str:

@@ -1,0 +1,39 @@
+"""What a study leaves: its numbers, its figures, and what they show, in words that are made of the numbers."""
+
+from jaxalign.evaluation import statistics
+from jaxalign.train import log, report
+
+
+def leave(workdir, config, summary: dict, figures: dict, findings: list[str]):
+    """Write config.json, summary.json, figures.json, findings.txt and report.html.
+
+    Args:
+        summary: {name: number}. figures: {title: the arguments of jaxalign.train.chart.chart}.
+        findings: sentences, by a function of the summary: what another seed could turn false is computed, not typed.
+    """
+    log.write_json(workdir / "config.json", log.plain(config))
+    log.write_json(workdir / "figures.json", figures)
+    log.write_text(workdir / "findings.txt", "\n".join(findings))
+    log.write_json(workdir / "summary.json", summary)
+    report.write(workdir)
+    for finding in findings:
+        log.say(finding)
+    log.say(f"report in {workdir / 'report.html'}")
+
+
+def over_seeds(name: str, values) -> dict:
+    """The mean over seeds and its standard error, values [N] -> {name, name_error}; of one seed without an error."""
+    value, error = statistics.mean(values)
+    return {name: value} | ({f"{name}_error": error} if len(values) > 1 else {})
+
+
+def compared(a, b) -> str:
+    """How much more a is than b, [N] each, paired by seed, with its standard error: "0.31 ± 0.05 more", "0.20 ± 0.04 less" or,
+    within two errors, "no different (0.02 ± 0.05)". Of one seed nothing says what chance does: "0.31 more, of one seed"."""
+    value, error = statistics.mean([x - y for x, y in zip(a, b, strict=True)])
+    said = f"{abs(value):.2g}"
+    if len(a) == 1:
+        return f"{said} {'more' if value > 0 else 'less'}, of one seed"
+    if abs(value) <= 2 * error or not value:
+        return f"no different ({value:.2g} ± {error:.1g})"
+    return f"{said} ± {error:.1g} {'more' if value > 0 else 'less'}"
