@@ -70,7 +70,7 @@ def get_config(variant: str = "mmlu") -> ConfigDict:
         "beside": DATA + BESIDE[variant] if variant in BESIDE else "",  # what rows refer to: passages; worked examples
     }
     config.shots = SHOTS.get(variant, 0)
-    config.rank = "in_order"  # which demonstrations: random, balanced (by answer), bm25 (nearest)
+    config.rank = "in_order"  # which demonstrations: random, balanced (by answer), nearest (BM25)
     config.best_last = False  # put the best next to the question
     config.chat = False  # through the chat template, demonstrations as turns; an answer's score has the end of its turn in it
     config.draws = 1  # texts of which the answer is the one that most arrive at (self-consistency)

@@ -16,6 +16,7 @@ from jaxalign.data import arithmetic, opinions, reviews, sources, tables, text
 from jaxalign.models import adapters, checkpoints, peft
 from jaxalign.models.files import digest
 from jaxalign.models.parts import Adapter
+from jaxalign.prompts import template as templates
 from jaxalign.rewards import score_texts, sentiment
 from jaxalign.sample import sample
 from jaxalign.train import checkpoint, log
@@ -226,21 +227,9 @@ def start_of(model: Model) -> int | None:
 def document(
     tokenizer, prompt: str, answer: str | None, *, chat: bool, eos: bool = True, start: int | None = None
 ) -> text.Document:
-    """A prompt, and its answer as the targets (None: to be sampled): as turns of a user and the assistant, or one behind the other.
-
-    Args:
-        eos: end a plain answer with EOS; an assistant's turn always has its end.
-        start: of `start_of`: the prompt is for the encoder then, and the answer for the decoder. ValueError where it is a chat.
-    """
-    if start is not None:
-        if chat:
-            raise ValueError("chat = True is for decoders, whose turns stand one behind the other; this is an encoder-decoder")
-        return text.source_target(tokenizer, prompt, answer or "", start=start, eos=eos and answer is not None)
-    if chat:
-        asked = {"role": "user", "content": prompt}
-        said = [] if answer is None else [{"role": "assistant", "content": answer}]
-        return text.chat(tokenizer, [asked, *said], generate=answer is None)
-    return text.prompt_completion(tokenizer, prompt, answer or "", eos=eos and answer is not None)
+    """A prompt that is one text, and its answer as the targets: as `prompts.template.document` has them."""
+    asked = templates.Prompt(prompt, "", [{"role": "user", "content": prompt}])
+    return templates.document(tokenizer, asked, answer, chat=chat, eos=eos, start=start)
 
 
 def fill_each(template: str, row: dict) -> list[str]:

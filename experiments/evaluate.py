@@ -23,7 +23,7 @@ from jaxalign.evaluation import engine, records, statistics
 from jaxalign.evaluation.tasks import TASKS
 from jaxalign.models import files
 from jaxalign.ops.calibration import ece
-from jaxalign.prompts import answers, demonstrations, reasoning, retrieval, template
+from jaxalign.prompts import answers, demonstrations, reasoning, template
 from jaxalign.prompts.template import Prompt
 from jaxalign.train import log
 
@@ -74,13 +74,9 @@ def prompts_of(task, form, groups, pool, size, *, shots, rank, best_last, length
     owners, rows = zip(*((n, row) for n, group in enumerate(groups) for row in group))
     if not shots:
         return template.each(partial(template.render, form), rows)
-    ranking = demonstrations.at_random(seed) if rank in ("random", "balanced") else demonstrations.in_order
-    if rank == "bm25":
-        asked, known = ([" ".join(template.question(form, row)) for row in x] for x in ([group[0] for group in groups], pool))
-        ranking = demonstrations.nearest(retrieval.bm25(known)(asked))
-    if rank == "balanced":
-        ranking = demonstrations.balanced([template.target(form, row) for row in pool], ranking)
-    ranking = demonstrations.alike([task.alike(group[0]) for group in groups], [*map(task.alike, pool)], ranking)
+    firsts = [group[0] for group in groups]
+    ranking = demonstrations.by_name(rank, form, firsts, pool, seed=seed)
+    ranking = demonstrations.alike([*map(task.alike, firsts)], [*map(task.alike, pool)], ranking)
     within = demonstrations.within(size, length=length, answer=answer)
     return demonstrations.few_shot(
         form,

@@ -19,7 +19,7 @@ from jaxalign import keys, shard
 from jaxalign.data import text
 from jaxalign.evaluation import engine, records, statistics
 from jaxalign.objectives import online
-from jaxalign.prompts import answers, demonstrations, extract, reasoning, retrieval
+from jaxalign.prompts import answers, demonstrations, extract, reasoning
 from jaxalign.prompts import template as templates
 from jaxalign.train import log
 
@@ -134,20 +134,6 @@ def asker(loaded, mesh, path, *, seed: int, batch: int, length: int, written: in
     return Asker(loaded, score, generate, path, keys.key(seed, "evaluate"), length, written)
 
 
-def ranking_of(name: str, task: Task, seed: int):
-    """How demonstrations are chosen: "random" and "balanced" are the same ones for all rows, by the seed; or "nearest", by BM25."""
-    if name == "nearest":
-        known = [templates.question(task.template, row)[0] for row in task.pool]
-        return demonstrations.nearest(retrieval.bm25(known)([templates.question(task.template, row)[0] for row in task.rows]))
-    drawn = demonstrations.at_random(seed)
-
-    def ranking(number, others):
-        return drawn(0, others)
-
-    labels = [templates.target(task.direct, row) for row in task.pool]
-    return demonstrations.balanced(labels, ranking) if name == "balanced" else ranking
-
-
 def curves(ask: Asker, task: Task, *, shots, seeds: int, rankings) -> dict:
     """{way to ask: {k: the records of all seeds}}"""
     found = {}
@@ -156,7 +142,7 @@ def curves(ask: Asker, task: Task, *, shots, seeds: int, rankings) -> dict:
     for ranking in rankings:
         ways = {ranking: task.direct} | ({f"{ranking}, thought": task.template} if task.template.rationale and task.read else {})
         for seed in range(1 if ranking == "nearest" else seeds):
-            ranked = ranking_of(ranking, task, seed)
+            ranked = demonstrations.by_name(ranking, task.direct, task.rows, task.pool, seed=seed, anew=False)
             for way, template in ways.items():
                 for k in shots:
                     how = {"k": k, "best_last": ranking == "nearest"}

@@ -156,7 +156,7 @@ RULES = {
     **dict.fromkeys(("ours", "theirs", "pairs.key"), NAMED),
     **dict.fromkeys(("pairs.prompt", "pairs.answer"), FILLED),
     "reward": FLAG,
-    "rank": one_of("in_order", "random", "balanced", "bm25"),
+    "rank": one_of("in_order", "random", "balanced", "nearest"),
     "best_last": FLAG,
     "folder": TEXT,
     "limit": ANY_COUNT,

@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 
+from jaxalign.prompts import retrieval
 from jaxalign.prompts.template import Prompt, Template, each, question, render, target
 
 
@@ -50,6 +51,19 @@ def within(count, *, length: int, answer: int):
 
 
 # --------------------------------------------------------- rankings
+
+
+def by_name(name: str, template: Template, rows: list[dict], pool: list[dict], *, seed: int, anew: bool = True):
+    """The ranking of a config: in_order, random, balanced (by answer) or nearest (by BM25).
+
+    Args: anew: random ones are drawn for each question; else once, for all.
+    """
+    if name == "nearest":
+        asked, known = ([" ".join(question(template, row)) for row in some] for some in (rows, pool))
+        return nearest(retrieval.bm25(known)(asked))
+    drawn = at_random(seed) if name in ("random", "balanced") else in_order
+    ranking = drawn if anew else lambda number, others: drawn(0, others)
+    return balanced([target(template, row) for row in pool], ranking) if name == "balanced" else ranking
 
 
 def in_order(number, others):
