@@ -125,11 +125,11 @@ def asker(config, task, requests: list[Request], keyed, document, loaded, mesh, 
         write = engine.generator(loaded.model, mesh, tokenizer, batch=config.batch, context=length, **config.sample)
 
     def in_two_stages(params, numbers, until):
-        thinking = [reasoning.think(requests[n].prompt) for n in numbers]
-        thoughts = write(params, keyed(numbers, 0), [document(prompt) for prompt in thinking], until)
-        asked = [reasoning.conclude(prompt, x.text, task.therefore) for prompt, x in zip(thinking, thoughts, strict=True)]
-        said = write(params, keyed(numbers, 1), [document(prompt) for prompt in asked], ("\n",))
-        return [(x, thought.text) for x, thought in zip(said, thoughts, strict=True)]
+        def stage(prompts, which):
+            return write(params, keyed(numbers, which), [document(prompt) for prompt in prompts], ("\n",) if which else until)
+
+        said = reasoning.zero_shot([requests[n].prompt for n in numbers], stage, task.therefore)
+        return [(answer, thought.text) for answer, thought in said]
 
     def ask(params, numbers, tell):
         scored, reads, writes = [], [], {}

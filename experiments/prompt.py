@@ -23,7 +23,23 @@ from jaxalign.prompts import answers, demonstrations, extract, reasoning
 from jaxalign.prompts import template as templates
 from jaxalign.train import log
 
-READ = {f.__name__: f for f in (extract.after, extract.number, extract.letter, extract.yes_no)}
+CHUNK = 32  # rows that reason without demonstrations, until the answers of all of them are known
+
+
+class Reading(NamedTuple):
+    """How an answer is found in what is written."""
+
+    read: Any  # (text) -> the answer, or None
+    therefore: str  # what asks for it behind a chain of thought without demonstrations
+    mark: str  # what stands before an answer that was asked for, where `read` looks for it
+
+
+READ = {
+    "after": Reading(extract.after, reasoning.THEREFORE["text"], "The answer is"),
+    "number": Reading(extract.number, reasoning.THEREFORE["number"], "####"),
+    "letter": Reading(extract.letter, reasoning.THEREFORE["choice"], ""),
+    "yes_no": Reading(extract.yes_no, reasoning.THEREFORE["yes or no"], ""),
+}
 
 
 class Task(NamedTuple):
@@ -33,7 +49,7 @@ class Task(NamedTuple):
     pool: list[dict]
     rows: list[dict]
     words: list[str]  # to choose among, by log-probability; [] where the answer is written, and read by `read`
-    read: Any
+    read: Reading | None
 
     @property
     def direct(self) -> templates.Template:
@@ -82,14 +98,15 @@ class Asker(NamedTuple):
         room = demonstrations.within(count, length=self.length, answer=0 if task.words else self.written)
         return demonstrations.few_shot(template, rows, task.pool, ranking, k=k, best_last=best_last, fits=room)
 
-    def ask(self, name: str, task: Task, prompts, free=(), rows=None) -> list[dict]:
+    def ask(self, name: str, task: Task, prompts, free=(), rows=None, *, thinks: bool = False) -> list[dict]:
         """The record of each row: what was "said", whether it is "right" and, beside content-free prompts, "calibrated".
 
-        Args: name: of the way to ask; free: the same prompts without content, for calibration; rows: not the task's.
+        Args: name: of the way to ask; free: the same prompts without content, for calibration; rows: not the task's; thinks: let
+            it reason first, and then ask for the answer.
         """
         rows = task.rows if rows is None else rows
         about = {"task": name, "model": self.loaded.digest}
-        settings = [task.words, self.written, *(prompt.text for prompt in free)]
+        settings = [task.words, self.written, thinks, *(prompt.text for prompt in free)]
         wanted = [
             about | {"id": n, "prompt": records.fingerprint(prompt.text, prompt.after, *settings)}
             for n, prompt in enumerate(prompts)
@@ -99,13 +116,27 @@ class Asker(NamedTuple):
         if task.words:
             return self._choose(task.words, prompts, list(free), wanted, told, targets)
 
+        read, therefore, mark = task.read
+
         def judge(n, written):
-            said, answer = task.read(written[0].text), task.read(targets[n])
-            return told[n] | {"wrote": written[0].text, "said": said, "target": answer, "right": float(said == answer)}
+            (last, thought), answer = written[0], read(targets[n])
+            said = read(f"{mark} {last.text}" if thinks else last.text)
+            wrote = f"{thought}\n{therefore}{last.text}" if thinks else last.text
+            return told[n] | {"wrote": wrote, "said": said, "target": answer, "right": float(said == answer)}
+
+        def answered(numbers, asked, stage=0, tell=None):
+            until = "\n" if stage else task.template.separator
+            documents = [self.document(prompt) for prompt in asked]
+            return self.generate(self.loaded.params, keys.of_rows(self.key, numbers), documents, (until,), tell)
 
         def write(numbers, tell):
-            documents = [self.document(prompts[n]) for n in numbers]
-            self.generate(self.loaded.params, keys.of_rows(self.key, numbers), documents, (task.template.separator,), tell)
+            if not thinks:
+                answered(numbers, [prompts[n] for n in numbers], tell=lambda k, written: tell(k, (written, "")))
+            for first in range(0, len(numbers), CHUNK) if thinks else ():
+                part = numbers[first : first + CHUNK]
+                found = reasoning.zero_shot([prompts[n] for n in part], partial(answered, part), therefore)
+                for k, (last, thought) in enumerate(found):
+                    tell(first + k, (last, thought.text))
 
         return records.collect(self.path, wanted, [1] * len(prompts), write, judge)
 
@@ -149,11 +180,11 @@ def curves(ask: Asker, task: Task, *, shots, seeds: int, rankings) -> dict:
                     prompts = ask.prompts(task, template, task.rows, ranked, **how)
                     alike = task.words and (ranking != "nearest" or not k)  # the demonstrations are, of all rows
                     free = ask.prompts(task, template, nothing, ranked, **how) if alike else ()
-                    if template.rationale and not k:
-                        prompts = [reasoning.think(prompt) for prompt in prompts]
                     name = f"{way}, {k} shots, seed {seed}" if k else "thought, no shots" if template.rationale else "no shots"
                     if k or seed == 0:
-                        found.setdefault(way, {}).setdefault(k, []).extend(ask.ask(name, task, prompts, free))
+                        found.setdefault(way, {}).setdefault(k, []).extend(
+                            ask.ask(name, task, prompts, free, thinks=bool(template.rationale) and not k)
+                        )
     return found
 
 

@@ -32,6 +32,17 @@ def conclude(thinking: Prompt, reasoning: str, trigger: str) -> Prompt:
     return thinking._replace(text=f"{thinking.text}{reasoning}\n{trigger}", messages=thinking.messages + turns)
 
 
+def zero_shot(prompts: Sequence[Prompt], write: Callable, therefore: str) -> list[tuple]:
+    """Both stages. -> (what was written as the answer, what as the reasoning) of each.
+
+    Args: write: (prompts, stage 0 or 1) -> what a model writes to each, as evaluation.engine.Written.
+    """
+    thinking = [think(prompt) for prompt in prompts]
+    thoughts = write(thinking, 0)
+    asked = [conclude(prompt, thought.text, therefore) for prompt, thought in zip(thinking, thoughts, strict=True)]
+    return list(zip(write(asked, 1), thoughts, strict=True))
+
+
 def self_consistent(samples: Sequence[str], extract: Callable) -> Vote:
     """The answer that most sampled chains of thought arrive at. Wang et al. 2022. Args: extract: as those of `extract`."""
     return vote([extract(sample) for sample in samples])
