@@ -1,11 +1,13 @@
 """What a study leaves: its numbers, its figures, and what they show, in words that are made of the numbers."""
 
+import jax
+
 from jaxalign.evaluation import statistics
-from jaxalign.train import log, report
+from jaxalign.train import chart, log, report
 
 
 def leave(workdir, config, summary: dict, figures: dict, findings: list[str]):
-    """Write config.json, summary.json, figures.json, findings.txt and report.html.
+    """Write config.json, summary.json, figures.json, findings.txt, report.html, and each figure alone: figure_1.svg, ...
 
     Args:
         summary: {name: number}. figures: {title: the arguments of jaxalign.train.chart.chart}.
@@ -15,7 +17,10 @@ def leave(workdir, config, summary: dict, figures: dict, findings: list[str]):
     log.write_json(workdir / "figures.json", figures)
     log.write_text(workdir / "findings.txt", "\n".join(findings))
     log.write_json(workdir / "summary.json", summary)
-    report.write(workdir)
+    if jax.process_index() == 0:
+        report.write(workdir)
+        for number, (title, figure) in enumerate(figures.items(), 1):
+            chart.picture(workdir / f"figure_{number}.svg", title, figure)
     for finding in findings:
         log.say(finding)
     log.say(f"report in {workdir / 'report.html'}")

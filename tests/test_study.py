@@ -27,4 +27,4 @@ def test_a_study_leaves_what_its_report_is_made_of(tmp_path):
     study.leave(tmp_path, {"seed": 0}, summary, {"Gold": {"x": "KL", "curves": {"a": [[0, 1], [1, 2]]}}}, ["It rose."])
     assert json.loads((tmp_path / "summary.json").read_text())["gold"] == 2.0
     page = (tmp_path / "report.html").read_text()
-    assert "It rose." in page and "<svg" in page
+    assert "It rose." in page and "<svg" in page and "Gold" in (tmp_path / "figure_1.svg").read_text()
