@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from configs import evaluate as evaluate_config
 from configs import new_objective as new_objective_config
 from configs import ppo as ppo_config
 from configs import reward as reward_config
 from configs import sample as sample_config
-from experiments import common, compare, launch, new_objective, ppo, reward, sample, sft
+from experiments import common, compare, evaluate, launch, new_objective, ppo, reward, sample, sft
 from jaxalign import rewards, score, shard
 from jaxalign.data import reviews, tables, text
 from jaxalign.models import checkpoints, decoder, files
@@ -673,20 +674,18 @@ def test_margins_reach_the_loss_and_scores_have_the_spread_asked_for(finished, t
 # ---- on several processes
 
 
-@pytest.mark.slow
-def test_two_processes_are_one(finished, tmp_path):
-    """From the flags on, all stages included."""
+def on_two_processes(folder, program, *flags):
+    """Run a program on both, from the flags on. -> what they said"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}/2"
-    command = [sys.executable, "-m", "experiments.ppo", "--config=configs/ppo.py:tiny", f"--workdir={tmp_path / 'run'}", "--debug"]
-    command += [f"--config.{name}={value}" for name, value in CHANGED.items()]
+    command = [sys.executable, "-m", f"experiments.{program}", f"--workdir={folder / 'run'}", "--debug", *flags]
     devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     with contextlib.ExitStack() as ends:
         started = []
         for number in range(2):
-            said = ends.enter_context(open(tmp_path / f"{number}.txt", "w"))
+            said = ends.enter_context(open(folder / f"{number}.txt", "w"))
             one = subprocess.Popen(
                 [*command, f"--distributed={place}/{number}"], cwd=ROOT, env=os.environ | devices | cache, stdout=said, stderr=said
             )
@@ -694,13 +693,37 @@ def test_two_processes_are_one(finished, tmp_path):
             ends.callback(one.kill)
             started.append(one)
         codes = [one.wait(timeout=300) for one in started]
-    assert codes == [0, 0], (tmp_path / "0.txt").read_text()[-3000:] + (tmp_path / "1.txt").read_text()[-3000:]
-    assert "summary" not in (tmp_path / "1.txt").read_text() and "step 16/16" not in (tmp_path / "1.txt").read_text()
+    told = [(folder / f"{number}.txt").read_text() for number in range(2)]
+    assert codes == [0, 0], told[0][-3000:] + told[1][-3000:]
+    return told
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(finished, tmp_path):
+    """All stages included."""
+    settings = [f"--config.{name}={value}" for name, value in CHANGED.items()]
+    _, second = on_two_processes(tmp_path, "ppo", "--config=configs/ppo.py:tiny", *settings)
+    assert "summary" not in second and "step 16/16" not in second
     here, there = (log.read_lines(folder / "samples.jsonl") for folder in (finished, tmp_path / "run"))
     assert [(line["prompt"], line["response"]) for line in here] == [(line["prompt"], line["response"]) for line in there]
     for one, two in zip(metrics_of(finished), metrics_of(tmp_path / "run"), strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-4)
     summaries = [summary_of(folder) | {"seconds": 0} for folder in (finished, tmp_path / "run")]
     assert summaries[0] == pytest.approx(summaries[1], rel=1e-4, abs=1e-4)
-    left = [{path.name for path in folder.iterdir()} - {".lock"} for folder in (finished, tmp_path / "run")]
+    left = [{path.name for path in folder.iterdir()} - {".lock", "command.txt"} for folder in (finished, tmp_path / "run")]
     assert left[0] == left[1]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(shared, tmp_path):
+    source, count = shared / "data" / "models" / "stories260k", 6
+    settings = [f"--config.model.source={source}", f"--config.data.count={count}"]
+    on_two_processes(tmp_path, "evaluate", "--config=configs/evaluate.py:sentiment", *settings)
+    config = evaluate_config.get_config("sentiment")
+    config.model.source, config.data.count = str(source), count
+    evaluate.run(config, tmp_path / "one")
+    one, two = ({line["id"]: line for line in log.read_lines(tmp_path / name / "records.jsonl")} for name in ("one", "run"))
+    assert len(one) == count and one.keys() == two.keys()
+    for number, line in one.items():
+        assert [x for _, x, _ in line["scores"]] == pytest.approx([x for _, x, _ in two[number]["scores"]], abs=1e-4)
+        assert line["asked"] == two[number]["asked"]
