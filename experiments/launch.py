@@ -36,7 +36,7 @@ from jaxalign.models import adapters, checkpoints, files, peft
 from jaxalign.train import checkpoint, log, report
 
 ARCHITECTURE = "architecture.json"  # of a run's folder, for reading its checkpoints
-MADE_FROM = "made_from.json"  # of a stage's folder: what the stages before it came to
+MADE_FROM = "made_from.json"  # of a stage's folder: what it read
 HOW = ("mesh", "loop")  # settings that change how a stage is made, not what comes out
 
 
@@ -231,7 +231,7 @@ class Stages(NamedTuple):
         """Refuse a stage that is there but was made otherwise, the stages that it reads first."""
         folder, settings = self.root / name, log.plain(self.settings[name].copy_and_resolve_references())
         made_from = self._made_from(settings)
-        for before in made_from:
+        for before in made_from.keys() & set(self.settings):
             self._check(before)
         if not (folder / "summary.json").exists():
             return
@@ -246,10 +246,12 @@ class Stages(NamedTuple):
             )
 
     def _made_from(self, settings: dict) -> dict:
-        """{stage: its summary but for the seconds} of the stages that these settings read."""
+        """What these settings read: {stage: its summary but for the seconds, name of a setting: the sha256 of its file}."""
         names = sorted(set(re.findall(r'"stage:(\w+)"', json.dumps(settings))) & set(self.settings))
         summaries = {name: log.read_json(self.root / name / "summary.json") for name in names}
-        return {name: {key: x for key, x in found.items() if key != "seconds"} for name, found in summaries.items()}
+        sources = {name: x for name, x in log.flat(settings).items() if name.endswith("source") and Path(str(x)).is_file()}
+        read = {name: files.sha256(Path(path)) for name, path in sources.items()}
+        return read | {name: {key: x for key, x in found.items() if key != "seconds"} for name, found in summaries.items()}
 
     def seconds(self) -> float:
         """What the stages that are there took together."""

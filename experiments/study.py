@@ -33,12 +33,12 @@ def over_seeds(name: str, values) -> dict:
 
 
 def compared(a, b) -> str:
-    """How much more a is than b, [N] each, paired by seed, with its standard error: "0.31 ± 0.05 more", "0.20 ± 0.04 less" or,
-    within two errors, "no different (0.02 ± 0.05)". Of one seed nothing says what chance does: "0.31 more, of one seed"."""
+    """How much more a is than b, [N] each, paired, with its standard error: "0.31 ± 0.05 more", "0.20 ± 0.04 less" or, within two
+    errors, "no different (0.02 ± 0.05)". Where nothing says what chance does: "0.31 more, of one", "0.50 more, of 2 alike"."""
     value, error = statistics.mean([x - y for x, y in zip(a, b, strict=True)])
     said = f"{abs(value):.2g}"
-    if len(a) == 1:
-        return f"{said} {'more' if value > 0 else 'less'}, of one seed"
-    if abs(value) <= 2 * error or not value:
-        return f"no different ({value:.2g} ± {error:.1g})"
+    if value and (len(a) == 1 or not error):
+        return f"{said} {'more' if value > 0 else 'less'}, of {'one' if len(a) == 1 else f'{len(a)} alike'}"
+    if not value or abs(value) <= 2 * error:
+        return f"no different ({value:.2g} ± {error:.1g})" if len(a) > 1 else "no different"
     return f"{said} ± {error:.1g} {'more' if value > 0 else 'less'}"

@@ -181,6 +181,18 @@ def test_a_change_of_any_stage_before_is_seen(staged, tmp_path, stage):
     assert make() == later
 
 
+def test_a_change_of_the_rows_that_a_stage_read_is_seen(staged, tmp_path):
+    settings, make = staged
+    settings.draft.source = str(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    assert make() == ["draft", "notes", "book"] and make() == []
+    (tmp_path / "rows.jsonl").write_text('{"a": 2}\n')
+    with pytest.raises(
+        ValueError, match=f'stage draft in {tmp_path / "draft"} was made otherwise: source: "\\w+" -> "\\w+". Delete'
+    ):
+        make()
+
+
 def test_a_stage_that_is_made_again_alike_changes_nothing(staged, tmp_path):
     _, make = staged
     make()

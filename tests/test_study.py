@@ -14,7 +14,9 @@ from experiments import study
         ([0.0, 0.0, 0.1], [1.0, 1.1, 0.9], "0.97 ± 0.09 less"),
         ([1.0, -1.0, 0.3], [0.0, 0.0, 0.0], "no different (0.1 ± 0.6)"),
         ([0.5, 0.5], [0.5, 0.5], "no different (0 ± 0)"),
-        ([0.5], [0.25], "0.25 more, of one seed"),
+        ([0.5], [0.25], "0.25 more, of one"),
+        ([0.5], [0.5], "no different"),
+        ([1.0, 2.0], [1.5, 2.5], "0.5 less, of 2 alike"),
     ],
 )
 def test_a_difference_within_two_errors_is_none(a, b, said):
