@@ -14,11 +14,9 @@ import numpy as np
 from experiments import common, ensemble, launch
 from jaxalign import shard
 from jaxalign.data import sources, tables, text
-from jaxalign.evaluation import engine, records, statistics
+from jaxalign.evaluation import engine, judges, records, statistics
 from jaxalign.prompts import template
 from jaxalign.train import log
-
-LETTERS = (" (A)", " (B)")
 
 
 def pairs(ours: str, theirs: str, *, key: str, prompt: str, answer: str) -> list[dict]:
@@ -53,27 +51,35 @@ def outcome(first: float, second: float) -> float:
     return float((np.sign(first - second) + 1) / 2)
 
 
-def by_prompt(config, loaded, mesh, rows):
-    """A judge who reads both answers and says (A) or (B). -> (how it is asked, requests a pair, ask, judge), for records.collect"""
-    form, tokenizer, start = template.load(config.template), loaded.tokenizer, common.start_of(loaded.model)
-    length = engine.longest(loaded.model, config.length)
-    score = engine.scorer(loaded.model, mesh, batch=config.batch, length=length)
-    orders = [("ours", "theirs"), ("theirs", "ours")]
-    asked = [[template.render(form, row | {"first": row[a], "second": row[b]}) for a, b in orders] for row in rows]
+def letters(score, loaded, prompts, *, chat: bool):
+    """-> ask(numbers, tell), for records.collect: request 2n is the log-probability of (A) behind prompts[n], and 2n + 1 of (B).
+
+    Args: score: engine.scorer of the loaded model.
+    """
+    how = {"chat": chat, "eos": False, "start": common.start_of(loaded.model)}
+
+    def both(prompt):
+        return judges.apart(*(template.document(loaded.tokenizer, prompt, letter, **how) for letter in judges.LETTERS))
 
     def ask(numbers, tell):
-        def document(n):
-            prompt = asked[n // 4][n % 4 // 2]
-            return template.document(tokenizer, prompt, LETTERS[n % 2], chat=config.chat, eos=False, start=start)
+        asked = {n: both(prompts[n]) for n in dict.fromkeys(k // 2 for k in numbers)}
+        score(loaded.params, [asked[k // 2][k % 2] for k in numbers], tell)
 
-        score(loaded.params, [document(n) for n in numbers], tell)
+    return ask
+
+
+def by_prompt(config, loaded, mesh, rows):
+    """A judge who reads both answers and says (A) or (B). -> (how it is asked, requests a pair, ask, judge), for records.collect"""
+    form, length = template.load(config.template), engine.longest(loaded.model, config.length)
+    prompts = [prompt for row in rows for prompt in judges.in_both_orders(form, row, row["ours"], row["theirs"])]
 
     def judge(n, said):
-        logp = np.reshape([one.logp for one in said], (2, 2))
-        p = np.exp(logp[:, 0] - np.logaddexp.reduce(logp, axis=1))  # P(A): ours in the first order, theirs in the second
+        logp = np.reshape([one.logp for one in said], (2, 2))  # (A) is ours in the first order, theirs in the second
         won = [outcome(*logp[0]), outcome(*logp[1][::-1])]
-        return {"p_first": p.tolist(), "won": won, "cut": any(one.cut for one in said)}
+        return {"p_first": judges.first_better(logp).tolist(), "won": won, "cut": any(one.cut for one in said)}
 
+    score = engine.scorer(loaded.model, mesh, batch=config.batch, length=length)
+    ask = letters(score, loaded, prompts, chat=config.chat)
     return [template.fingerprint(form), config.chat, length], 4, ask, judge
 
 

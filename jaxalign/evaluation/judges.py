@@ -11,10 +11,11 @@ from jaxalign.evaluation import bigbench, metrics, statistics
 from jaxalign.evaluation.engine import words
 from jaxalign.evaluation.rouge import rouge_l
 from jaxalign.evaluation.statistics import Estimate
-from jaxalign.prompts import answers
+from jaxalign.prompts import answers, template
 from jaxalign.prompts.reasoning import self_consistent
 
 ABSTAINED = "unanswerable"
+LETTERS = (" (A)", " (B)")  # of the answers that are shown as {first} and {second}
 
 
 def choose(logp, right: int) -> dict:
@@ -116,6 +117,33 @@ def of_bigbench(row, said, written):
 def length(row, said, written):
     size = {"bytes": len(row["text"].encode()), "words": words(row["text"])}
     return {"logp": said[0].logp, "tokens": said[0].tokens, **size}
+
+
+# --------------------------------------------------------- which of two answers is better, by the letter that a model says
+
+
+def in_both_orders(form, row, one: str, other: str) -> list:
+    """Two Prompts of a template with {first} and {second}: the answers as they come, and the other way round."""
+    return [template.render(form, row | {"first": a, "second": b}) for a, b in ((one, other), (other, one))]
+
+
+def apart(one, other) -> tuple:
+    """Two Documents up to the first token in which they differ, the one target: so the engine reads the two as one row.
+
+    What stands before it is in both, and how the turn ends says nothing of which letter it is. ValueError where they are one.
+    """
+    most = min(len(one.tokens), len(other.tokens))
+    differ = np.flatnonzero(one.tokens[:most] != other.tokens[:most])
+    if not len(differ):
+        raise ValueError("the two are the same tokens, or one begins with the other: there is nothing to choose by")
+    size = int(differ[0]) + 1
+    weights = (np.arange(size) == size - 1).astype(np.float32)
+    return tuple(document._replace(tokens=document.tokens[:size], weights=weights) for document in (one, other))
+
+
+def first_better(logp) -> np.ndarray:
+    """P(A) of log-probabilities of the two letters [..., 2], normalised over the two. -> f64 [...]"""
+    return np.exp(answers.of_labels(logp, np.arange(2)))[..., 0]
 
 
 # --------------------------------------------------------- figures of a whole corpus
