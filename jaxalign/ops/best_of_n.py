@@ -33,4 +33,4 @@ def expected_max(scores, n: int):
     if not 1 <= n <= many:
         raise ValueError(f"the best of {n} cannot be estimated from {many} scores")
     share = np.array([math.comb(i, n - 1) / math.comb(many, n) for i in range(many)])  # that the i-th smallest is a subset's best
-    return (jnp.sort(scores) * jnp.asarray(share, scores.dtype)).sum(-1)
+    return jnp.sort(scores) @ jnp.asarray(share, jnp.float32)
