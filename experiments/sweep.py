@@ -117,7 +117,7 @@ def _of_function(config, own) -> Method:
 
 
 def collect(config, algorithm, world, params, i, *, kl_beta=None):
-    """A rollout, cut into the data of its updates, as experiments/ppo.py does it; its reward is gold."""
+    """A rollout, cut into the data of its updates, as experiments/ppo.py does it."""
     run, model = config.run, tiny_world.MODEL
     prompts_key, key, order_key = jax.random.split(keys.key(world.seed, "sample", i), 3)
     many = run.batch // run.group
@@ -129,11 +129,11 @@ def collect(config, algorithm, world, params, i, *, kl_beta=None):
     (logp, _, value), (ref_logp, _, _) = said(params), said(world.ref)
     if algorithm.greedy(config):
         likeliest, _, _ = draw(**{**config.sample, "temperature": 0.0})
-        value = jnp.broadcast_to(tiny_world.gold_of(world, likeliest)[:, None], logp.shape)
+        value = jnp.broadcast_to(tiny_world.reward_of(world, likeliest)[:, None], logp.shape)
     elif algorithm.critic(config) == "none":
         value = jnp.zeros_like(value)
     beta = config.kl.beta if kl_beta is None else kl_beta
-    rolled = algorithm.assemble(config)(batch, logp, ref_logp, value, tiny_world.gold_of(world, batch), beta)
+    rolled = algorithm.assemble(config)(batch, logp, ref_logp, value, tiny_world.reward_of(world, batch), beta)
 
     def part(groups):
         rows = (groups[:, None] * run.group + jnp.arange(run.group)[None]).ravel()

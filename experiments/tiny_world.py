@@ -46,15 +46,20 @@ class World(NamedTuple):
     ref_logp: Array  # f32 [P,S] nats
     gold: Array  # f32 [P,S]; of the reference's responses the mean is 0, and the std 1
     best_logp: Array  # f32 [P,S] nats, of ref exp(gold/beta)/Z: who writes demonstrations, and the teacher
+    reward: Array  # f32 [P,S], what online methods learn from: gold, or a proxy of it
 
 
-def make(seed, *, temperature: float, beta: float) -> World:
-    """The world of a seed. Args: temperature, of Bradley and Terry's annotators; beta, the demonstrators' price of a nat."""
+def make(seed, *, temperature: float, beta: float, habit: float = 1.0, fluency: float = 0.0) -> World:
+    """The world of a seed.
+
+    Args: temperature, of Bradley and Terry's annotators; beta, the demonstrators' price of a nat; habit, std of the language's
+    log-odds of words; fluency, how much of gold is log p of the reference, in std beside the std of all else.
+    """
     everything = all_rows()
     tokens, targets = everything.tokens, everything.weights
     before = score.shift(tokens.reshape(-1, tokens.shape[-1])).reshape(tokens.shape)
-    habit, mood, taste = jax.random.normal(keys.key(seed, "init", 0), (3, VOCAB, VOCAB))
-    language = jax.nn.log_softmax((targets * habit[before, tokens]).sum(-1))
+    habits, mood, taste = jax.random.normal(keys.key(seed, "init", 0), (3, VOCAB, VOCAB))
+    language = jax.nn.log_softmax((targets * habit * habits[before, tokens]).sum(-1))
     words = targets * (tokens != EOS)
     gold = (words * (mood[tokens[..., :1], tokens] + taste[before, tokens])).sum(-1)
 
@@ -70,9 +75,14 @@ def make(seed, *, temperature: float, beta: float) -> World:
     ref = jax.lax.scan(learn, TrainState(jnp.int32(0), params, tx.init(params)), jnp.arange(200))[0].params
     ref_logp = log_probs(ref, everything)
     p = jnp.exp(ref_logp) / len(PROMPTS)
-    mean = (p * gold).sum()
-    gold = (gold - mean) / jnp.sqrt((p * (gold - mean) ** 2).sum())
-    return World(seed, temperature, ref, ref_logp, gold, oracle.optimum(ref_logp, gold, beta)[0])
+    gold = standard(standard(gold, p) + fluency * standard(ref_logp, p), p)
+    return World(seed, temperature, ref, ref_logp, gold, oracle.optimum(ref_logp, gold, beta)[0], gold)
+
+
+def standard(x, p):
+    """x - mean, over its std, by a law p of the same shape."""
+    off = x - (p * x).sum()
+    return off / jnp.sqrt((p * off**2).sum())
 
 
 def of_seeds(seeds, **settings) -> World:
@@ -96,11 +106,11 @@ def log_probs(params, batch: Batch):
     return oracle.log_probs(MODEL, params, flat).reshape(batch.tokens.shape[:-1])
 
 
-def gold_of(world: World, batch: Batch):
-    """The gold reward of rows that were sampled. -> f32 [B]"""
+def reward_of(world: World, batch: Batch):
+    """The reward of rows that were sampled. -> f32 [B]"""
     start = batch.tokens.shape[1] - LENGTH
     prompts = jnp.asarray(PROMPT_NUMBER)[batch.tokens[:, start - 2], batch.tokens[:, start - 1]]
-    return world.gold[prompts, jnp.asarray(RESPONSE_NUMBER)[batch.tokens[:, start:] @ PLACES]]
+    return world.reward[prompts, jnp.asarray(RESPONSE_NUMBER)[batch.tokens[:, start:] @ PLACES]]
 
 
 # --------------------------------------------------------- what objectives learn from
@@ -230,19 +240,29 @@ def of_policy(world: World, params) -> dict:
 
 
 def of_judge(world: World, params) -> dict:
-    """What the policy has that is best by this judge, ref exp(score/beta)/Z at the KL of the demonstrators; and how often the judge
-    is right about two of the reference's responses.
+    """What the policy has that is best by this judge, at the KL of the demonstrators; and how often the judge is right."""
+    return of_scores(world, scores_of(params, _held_out()))
 
-    The judge is params["classes"], where it has it, else the scalar head.
-    """
-    batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), _held_out())
+
+def of_scores(world: World, scores) -> dict:
+    """The same of anybody's scores, f32 [HELD_OUT,S]."""
+    return _outcome(world, best_by(world, scores)) | {"judge/accuracy": accuracy(world, scores)}
+
+
+def scores_of(params, batch: Batch):
+    """A judge's scores, f32 [...] of a Batch [...,T]: params["classes"], where it has it, else the scalar head."""
+    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
     if "classes" in params:
-        hidden, _ = MODEL.read(params, batch)
-        scores = score.last_of(hidden, batch.segments) @ (params["classes"]["kernel"] @ jnp.array([-1.0, 1.0]))
+        hidden, _ = MODEL.read(params, flat)
+        scores = score.last_of(hidden, flat.segments) @ (params["classes"]["kernel"] @ jnp.array([-1.0, 1.0]))
     else:
-        scores = score.last_scalar(MODEL, params, batch)
-    scores = scores.reshape(HELD_OUT, -1)
-    ref_logp, gold = world.ref_logp[-HELD_OUT:], world.gold[-HELD_OUT:]
+        scores = score.last_scalar(MODEL, params, flat)
+    return scores.reshape(batch.tokens.shape[:-1])
+
+
+def best_by(world: World, scores):
+    """log p [HELD_OUT,S] of the policy that is best by these scores: ref exp(score/beta)/Z at the KL of the demonstrators."""
+    ref_logp = world.ref_logp[-HELD_OUT:]
     wanted = divergences.kl(world.best_logp[-HELD_OUT:], ref_logp).mean()
 
     def closer(_, bounds):  # KL falls with beta: bisection of log beta
@@ -251,10 +271,15 @@ def of_judge(world: World, params) -> dict:
         return jnp.where(kl > wanted, jnp.stack([middle, bounds[1]]), jnp.stack([bounds[0], middle]))
 
     bounds = jax.lax.fori_loop(0, 40, closer, jnp.log(jnp.array([1e-4, 1e4])))
+    return oracle.optimum(ref_logp, scores, jnp.exp(bounds.mean()))[0]
+
+
+def accuracy(world: World, scores):
+    """How often scores [HELD_OUT,S] are right about two of the reference's responses; a tie counts half. -> f32 []"""
+    ref_logp, gold = world.ref_logp[-HELD_OUT:], world.gold[-HELD_OUT:]
     either = jnp.exp(ref_logp[:, :, None] + ref_logp[:, None, :])
     ahead, truly = (jnp.sign(x[:, :, None] - x[:, None, :]) for x in (scores, gold))
-    accuracy = (either * (truly != 0) * 0.5 * (1 + ahead * truly)).sum() / (either * (truly != 0)).sum()
-    return _outcome(world, oracle.optimum(ref_logp, scores, jnp.exp(bounds.mean()))[0]) | {"judge/accuracy": accuracy}
+    return (either * (truly != 0) * 0.5 * (1 + ahead * truly)).sum() / (either * (truly != 0)).sum()
 
 
 def _held_out() -> Batch:

@@ -51,7 +51,7 @@ def test_no_held_out_prompt_has_a_word_that_training_has_not(world):
 
 def test_gold_of_a_sampled_row_is_that_of_its_response(world):
     prompts, responses = jnp.array([0, 7, 35]), jnp.array([0, 100, 258])
-    np.testing.assert_array_equal(tiny_world.gold_of(world, tiny_world.rows(prompts, responses)), world.gold[prompts, responses])
+    np.testing.assert_array_equal(tiny_world.reward_of(world, tiny_world.rows(prompts, responses)), world.gold[prompts, responses])
 
 
 def test_the_teacher_says_the_demonstrators_law_token_by_token(world):
