@@ -37,7 +37,7 @@ def compared(a, b) -> str:
     errors, "no different (0.02 ± 0.05)". Where nothing says what chance does: "0.31 more, of one", "0.50 more, of 2 alike"."""
     value, error = statistics.mean([x - y for x, y in zip(a, b, strict=True)])
     said = f"{abs(value):.2g}"
-    if value and (len(a) == 1 or not error):
+    if value and not error > 1e-9 * abs(value):  # nan, of one
         return f"{said} {'more' if value > 0 else 'less'}, of {'one' if len(a) == 1 else f'{len(a)} alike'}"
     if not value or abs(value) <= 2 * error:
         return f"no different ({value:.2g} ± {error:.1g})" if len(a) > 1 else "no different"

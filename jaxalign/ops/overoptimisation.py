@@ -28,16 +28,20 @@ def rl_peak(a, b):
 
 
 def fit_best_of_n(d, reward):
-    """(a, b) of eq. 1, by least squares on R/d = a - b d. Args: d > 0 [N], reward [N], of which 0 is the reference's."""
-    return _line(d, reward / d)
+    """(a, b) of eq. 1, by least squares. Args: d > 0 [N], reward [N], of which 0 is the reference's."""
+    return _fit(d, d, reward)
 
 
 def fit_rl(d, reward):
-    """(a, b) of eq. 2, by least squares on R/d = a - b log d. Args: as `fit_best_of_n`."""
-    return _line(jnp.log(d), reward / d)
+    """(a, b) of eq. 2, by least squares. Args: as `fit_best_of_n`."""
+    return _fit(d, jnp.log(d), reward)
 
 
-def _line(x, y):
-    off = x - x.mean()
-    b = -(off * y).sum() / (off**2).sum()
-    return y.mean() + b * x.mean(), b
+def _fit(d, fall, reward):
+    a, b = jnp.linalg.lstsq(jnp.stack([d, -d * fall], axis=1), reward)[0]
+    return a, b
+
+
+def r_squared(fitted, reward):
+    """1 - sum (R - fitted)^2 / sum (R - mean R)^2: the share of the rewards' variance [N] that a law explains."""
+    return 1 - ((reward - fitted) ** 2).sum() / ((reward - reward.mean()) ** 2).sum()
