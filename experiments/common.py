@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.launch import ARCHITECTURE
 from jaxalign import keys, models, shard
-from jaxalign.data import arithmetic, opinions, reviews, sources, tables, text
+from jaxalign.data import arithmetic, compositions, opinions, reviews, sources, tables, text
 from jaxalign.models import adapters, checkpoints, peft
 from jaxalign.models.files import digest
 from jaxalign.models.parts import Adapter
@@ -29,9 +29,11 @@ GENERATED = {  # sources that need no file: (count, *, seed) -> rows
         for make in (reviews.reviews, reviews.openings)
     },
     **{make.__name__: make for make in (arithmetic.secrets, arithmetic.games, arithmetic.solutions)},
+    **{make.__name__: make for make in (arithmetic.sums, arithmetic.held_out_sums, arithmetic.told_sums)},
+    "compositions": compositions.compositions,
     **{make.__name__: make for make in (opinions.sentiment, opinions.entailment, opinions.similarity, opinions.choice)},
 }
-TOKENIZERS = {"reviews": reviews.tokenizer, "arithmetic": arithmetic.tokenizer}  # of these
+TOKENIZERS = {"reviews": reviews.tokenizer, "arithmetic": arithmetic.tokenizer, "compositions": compositions.tokenizer}  # of these
 
 
 class Loaded(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxalign import shard
 from jaxalign.data import text
 from jaxalign.data.sources import LARGEST
+from jaxalign.feedback.self_improvement import METHODS
 from jaxalign.models.attention import ATTENTION
 from jaxalign.models.parts import ACTIVATIONS, ADAPTERS, REMAT
 from jaxalign.train import log
@@ -55,6 +56,14 @@ def expression(x) -> bool:
         raise ValueError(f"no regular expression: {error}") from error
 
 
+def several(rule: Rule) -> Rule:
+    return Rule(lambda x: isinstance(x, tuple) and all(map(rule.holds, x)), f"a tuple of which each is {rule.says}, or ()")
+
+
+def bounds(x) -> bool:
+    return many(x) and len(x) == 2 and 0 <= x[0] <= x[1] <= 1
+
+
 def many(x) -> bool:
     return isinstance(x, tuple) and bool(x) and all(FINITE.holds(value) for value in x)
 
@@ -69,6 +78,14 @@ FLAG = Rule(lambda x: type(x) is bool, "True or False")
 TEXT = Rule(lambda x: isinstance(x, str) and x.encode() is not None, "a text")  # encode: a shell may pass what is no UTF-8
 NAMED = Rule(lambda x: TEXT.holds(x) and x.strip() != "", "a text that is not empty")
 COUNT, ANY_COUNT = whole(1), whole(0)
+
+
+def falling(x) -> bool:
+    """Whether these are rewards of ops.truthfulness.Table."""
+    return many(x) and len(x) == 5 and all(a > b for a, b in zip(x, x[1:]))
+
+
+WIDTH = Rule(lambda x: COUNT.holds(x) and x % 4 == 0, "a multiple of 4")
 AXIS = Rule(lambda x: type(x) is int and (x == -1 or x >= 1), "a number of devices from 1, or -1 for those that are left")
 COLUMN = Rule(lambda x: isinstance(x, str) and x == f"{{{''.join(text.fields(x))}}}" != "{}", "one {column}")
 FREE = template(0, "a text with {columns}")
@@ -79,7 +96,7 @@ RULES = {
     **{f"mesh.{axis}": AXIS for axis in shard.AXES},
     **{
         f"{section}.{key}": rule
-        for section in ("model", "reward_model", "teacher_model")
+        for section in ("model", "reward_model", "teacher_model", "feedback_model")
         for key, rule in {
             "source": NAMED,
             "tokenizer": TEXT,
@@ -139,22 +156,45 @@ RULES = {
     **dict.fromkeys(("task.template", "task.pool", "task.rows"), NAMED),
     **dict.fromkeys(("task.pool_count", "task.count"), ANY_COUNT),
     "task.read": one_of("", "after", "number", "letter", "yes_no"),
-    "curve.shots": Rule(lambda x: isinstance(x, tuple) and bool(x) and all(map(ANY_COUNT.holds, x)), "a tuple of whole numbers"),
+    **dict.fromkeys(
+        ("curve.shots", "curve.numbers"),
+        Rule(lambda x: isinstance(x, tuple) and bool(x) and all(map(ANY_COUNT.holds, x)), "a tuple of whole numbers"),
+    ),
     "curve.seeds": COUNT,
     "curve.rankings": Rule(
         lambda x: isinstance(x, tuple) and bool(x) and {*x} <= {"random", "balanced", "nearest"},
         "a tuple of random, balanced, nearest",
     ),
     "written": COUNT,
-    **{f"beside.{made}_source": TEXT for made in ("sft", "grpo", "soft")},
+    **{f"beside.{made}_source": TEXT for made in ("sft", "grpo", "soft", "seeds", "own")},
     **{f"search.{size}": COUNT for size in ("induced", "shown", "rephrased", "length", "dev", "rounds", "budget")},
     "search.temperature": NOT_NEGATIVE,
+    **dict.fromkeys(("grow.rounds", "grow.requests", "grow.human", "grow.count", "examples.shots", "examples.most"), COUNT),
+    "grow.model": ANY_COUNT,
+    "grow.most": SHARE,
+    **{"evaluate.source": NAMED, "evaluate.template": TEXT, "evaluate.written": COUNT},
+    **{f"improve.{size}": COUNT for size in ("seeds", "rounds", "samples", "measured")},
+    "improve.source": NAMED,
+    "improve.temperature": NOT_NEGATIVE,
+    "improve.methods": Rule(
+        lambda x: isinstance(x, tuple) and bool(x) and {*x} <= METHODS.keys(), f"a tuple of {', '.join(METHODS)}"
+    ),
+    **dict.fromkeys(("task.prompt", "task.hint", "task.answer"), FILLED),
+    "task.direct": FREE,
+    **dict.fromkeys(("course.source", "course.asked", "templates"), NAMED),
+    **{f"learners.{kind}_source": TEXT for kind in ("decoder", "encoder_decoder")},
+    **{f"course.{size}": COUNT for size in ("count", "words", "held_out", "examples", "questions", "cap")},
+    "course.temperature": ENDLESS,
+    "measure": one_of("exact_match", "rouge_l"),
     "tasks": NAMED,
     "task": NAMED,
     **dict.fromkeys(("template", "data.pool", "data.beside", "evaluate.tasks"), TEXT),
     "evaluate.count": ANY_COUNT,
     **dict.fromkeys(("ours", "theirs", "pairs.key"), NAMED),
-    **dict.fromkeys(("pairs.prompt", "pairs.answer"), FILLED),
+    **dict.fromkeys(("pairs.prompt", "pairs.answer", "pairs.first", "pairs.second"), FILLED),
+    **dict.fromkeys(("pairs.source", "annotator"), NAMED),
+    "pairs.count": ANY_COUNT,
+    "port": whole(0, 65535),
     "reward": FLAG,
     "rank": one_of("in_order", "random", "balanced", "nearest"),
     "best_last": FLAG,
@@ -251,10 +291,50 @@ RULES = {
     "evaluate.prompts": COUNT,
     "evaluate.every": ANY_COUNT,
     "evaluate.samples": ANY_COUNT,
+    **{f"constitution.{file}": NAMED for file in ("principles", "examples", "preference", "red_team", "helpful")},
+    "constitution.count": ANY_COUNT,
+    **dict.fromkeys(("constitution.held_out", "rounds", "label.draws", "label.principles", "measure.principles"), COUNT),
+    "label.orders": whole(1, 2),
+    "label.thought": FLAG,
+    **dict.fromkeys(("label.clamp", "agreement.clamp"), Rule(bounds, "a tuple of two numbers from 0 to 1, the lower one first")),
+    **dict.fromkeys(("measure.sl_source", "measure.rl_source"), NAMED),
+    "measure.safety": ANY_COUNT,
+    "agreement.files": Rule(
+        lambda x: isinstance(x, tuple) and bool(x) and all(map(NAMED.holds, x)), "a tuple of texts that are not empty"
+    ),
+    **dict.fromkeys(("agreement.count", "agreement.tokens", "agreement.thought"), COUNT),
     "method": NAMED,
     "learns": one_of("policy", "judge"),
     "world.temperature": POSITIVE,
+    **dict.fromkeys(
+        (
+            "world.people",
+            "sft.facts",
+            "sft.looks",
+            "rl.prompts",
+            "rl.steps",
+            *(f"{s}.{x}" for s in ("pretrain", "sft") for x in ("steps", "batch")),
+        ),
+        COUNT,
+    ),
+    **{f"{stage}.learning_rate": NOT_NEGATIVE for stage in ("pretrain", "sft", "rl")},
+    "rl.group": whole(2),
+    **dict.fromkeys(("known", "unknown"), SHARE),
+    "tables": Rule(
+        lambda x: isinstance(x, tuple) and len(x) > 1 and all(map(falling, x)),
+        "a tuple of two tables or more, of five falling rewards",
+    ),
     "world.beta": POSITIVE,
+    "world.habit": POSITIVE,
+    "world.fluency": NOT_NEGATIVE,
+    **dict.fromkeys(("seeds", "compared.members"), whole(2)),
+    **{f"proxy.{size}": COUNT for size in ("comparisons", "layers", "updates", "batch")},
+    "proxy.width": WIDTH,
+    "varied.width": several(WIDTH),
+    "varied.comparisons": several(COUNT),
+    **dict.fromkeys(("varied.temperature", "compared.penalties"), several(POSITIVE)),
+    "compared.doubt": NOT_NEGATIVE,
+    "compared.rounds": COUNT,
     "objective.distance_weight": NOT_NEGATIVE,
     "objective.cosine": FLAG,
     **{f"run.{size}": COUNT for size in ("updates", "looks", "examples")},
@@ -262,6 +342,23 @@ RULES = {
     **dict.fromkeys(("tuned.rate", "tuned.most"), POSITIVE),
     **dict.fromkeys(("tuned.start", "tuned.range"), Rule(lambda x: many(x) and min(x) > 0, "a tuple of numbers above 0")),
     "tuned.name": NAMED,
+    **dict.fromkeys(("run.labels", "crowd.annotators", "active.members"), COUNT),
+    "run.seeds": whole(2),  # of one nothing says what chance does
+    "crowd.levels": whole(2),
+    **dict.fromkeys(("scales.spread", "tastes.disagreement"), Rule(lambda x: many(x) and min(x) >= 0, "a tuple of numbers from 0")),
+    "length.bias": Rule(many, "a tuple of numbers"),
+    **{
+        f"noises.{noise}.{fault}": rule
+        for noise in ("clear", "unsure", "sloppy", "divided")
+        for fault, rule in (("temperature", POSITIVE), ("sloppiness", SHARE), ("disagreement", NOT_NEGATIVE))
+    },
+    **dict.fromkeys(("help.smoothing", "help.noise"), number(lambda x: 0 <= x < 0.5, "a number from 0, below 1/2")),
+    "help.theta": number(lambda x: x > 1, "a number above 1"),
+    "help.cuts": Rule(lambda x: many(x) and len(x) == 3 and sorted(x) == [*x], "a tuple of three numbers, the least first"),
+    **dict.fromkeys(
+        ("help.several", "active.counts"),
+        Rule(lambda x: isinstance(x, tuple) and bool(x) and all(map(COUNT.holds, x)), "a tuple of whole numbers from 1"),
+    ),
 }
 SWEPT = Rule(lambda x: x == () or many(x), "a tuple of numbers, or () for the one that is said elsewhere")
 
@@ -315,10 +412,10 @@ def _together(found: dict, prefix: str, **given):
             told = " x ".join(f"{part} {size}" for part, size in parts.items())
             more = -(-batch // share) * share
             raise ValueError(f"{prefix}{name} = {batch}: it is a multiple of {told} = {share}, such as {more}")
-    for section in ("model", "reward_model", "teacher_model"):
+    for section in ("model", "reward_model", "teacher_model", "feedback_model"):
         if mesh["sequence"] > 1 and found.get(f"{section}.attention", "ring") != "ring":
             raise ValueError(f"{prefix}{section}.attention = {found[f'{section}.attention']}: with mesh.sequence > 1 it is ring")
-    if found["model.source"] == "scratch" and found["adapter.kind"] != "none":
+    if found["model.source"] == "scratch" and found.get("adapter.kind", "none") != "none":
         raise ValueError(f"{prefix}adapter.kind = {found['adapter.kind']}: a model from scratch has nothing to adapt")
     if found.get("adapter.source") and found["adapter.kind"] == "none":
         raise ValueError(f"{prefix}adapter.source = {found['adapter.source']}: adapter.kind says which it is, to train it on")

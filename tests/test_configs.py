@@ -11,10 +11,25 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import LOOP, hypergradient, ppo, sweep
-from experiments import classify, common, evaluate, judge, named, new_objective, prompt, reward, sft
+from configs import LOOP, annotators, hypergradient, knowledge, label, overoptimization, ppo, sweep
+from experiments import (
+    classify,
+    common,
+    constitutional,
+    evaluate,
+    instruct,
+    judge,
+    named,
+    new_objective,
+    prompt,
+    reward,
+    self_improve,
+    self_instruct,
+    sft,
+)
 from experiments.settings import RULES, check
 from jaxalign import rewards, rollout, sample, shard
+from jaxalign.feedback import self_instruct as feedback_self_instruct
 from jaxalign.models.decoder import DecoderConfig
 from jaxalign.models.encdec import EncDecConfig
 from jaxalign.models.parts import Adapter
@@ -26,8 +41,15 @@ from jaxalign.ops import advantages
 from jaxalign.train import log, loop, optim, step
 
 ROOT = Path(__file__).parents[1]
-TINY_WORLD = ("hypergradient", "sweep")  # these have no model, no data and no loop; tests/test_sweep.py is about them
-FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("[a-z]*.py")) if path.stem not in TINY_WORLD}
+OTHERS = (
+    "annotators",
+    "hypergradient",
+    "knowledge",
+    "label",
+    "overoptimization",
+    "sweep",
+)  # no model and no loop; other tests have them
+FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("[a-z]*.py")) if path.stem not in OTHERS}
 BUILT = [(name, variant) for name, path in FILES.items() for variant in (None, *runpy.run_path(str(path)).get("VARIANTS", ()))]
 
 # section: (the function that it is splatted into, the arguments that are not for a config to say: the driver's, and tests')
@@ -51,6 +73,7 @@ FINE_TUNING = {
     "scratch.architecture": (DecoderConfig, ("vocab", "dtype", "remat")),
     "evaluate": (evaluate.hook, ("loaded", "mesh", "workdir")),
 }
+CONSTITUTION = {"constitution": (constitutional.read, ())}
 ASKED = {"task": (prompt.task_of, ("seed",))}
 GIVEN = ("batch", "logp", "ref_logp", "value", "scores", "beta")
 EARNED = (*GIVEN, "earned")
@@ -100,7 +123,18 @@ SPLATTED |= {
         "objective": (supervised.classify, ("params", "data", "model")),
     },
     "distill": {**MESH, **SAMPLE, **TRAINING, **ADAPTER, **{name: SPLATTED["sft"][name] for name in ("data", "evaluate")}},
-    "student": SPLATTED["sft"],
+    "self_instruct": {
+        **MESH,
+        **SAMPLE,
+        "grow": (feedback_self_instruct.grow, ("write", "tasks", "seed")),
+        "examples": (feedback_self_instruct.examples, ("write", "instructions", "labels", "tasks", "seed")),
+        "evaluate": (self_instruct.examiner, ("loaded", "mesh", "path", "batch", "length", "chat", "seed")),
+    },
+    "instruct": {**MESH, "course": (instruct.courses, ("numbers", "seed"))},
+    **dict.fromkeys(("decoder", "encoder_decoder"), SPLATTED["sft"]),
+    "self_improve": {**MESH, "task": (self_improve.task_of, ("seed",))},
+    **dict.fromkeys(("student", "seeds", "own", "writer", "base"), SPLATTED["sft"]),
+    **dict.fromkeys(("constitutional", "critique", "label"), {**MESH, **SAMPLE, **CONSTITUTION}),
     "environment": {**OF_GROUPS, "objective": (online.grpo, ("params", "data", "model", "temperature"))},
 }
 SAME_STAGES = {"grpo", "gspo", "cispo", "rloo", "reinforce", "online_dpo", "ppo_ptx"}  # as ppo
@@ -309,8 +343,9 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
     for name, variant in BUILT:
         for _, config in every(built(name, variant), name):
             known |= {path for path in log.flat(config.to_dict()) if not path.startswith("stages.")}
-    for config in (*map(sweep.get_config, sweep.VARIANTS), hypergradient.get_config()):
-        known |= {path for path in log.flat(config.to_dict()) if not path.startswith("sweep.")}
+    others = (annotators, hypergradient, knowledge, label, overoptimization)
+    for config in (*map(sweep.get_config, sweep.VARIANTS), *(x.get_config() for x in others)):
+        known |= {path for path in log.flat(config.to_dict()) if not path.startswith(("stages.", "sweep."))}
     assert known - OWN == RULES.keys()
 
 
