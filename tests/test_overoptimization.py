@@ -8,7 +8,8 @@ import pytest
 
 from configs import overoptimization as configs
 from experiments import overoptimization, sweep
-from experiments.overoptimization import Way
+from experiments import overoptimization_read as read
+from experiments.overoptimization_read import Way
 from experiments.settings import check
 from jaxalign import oracle
 from jaxalign.ops import best_of_n, overoptimisation
@@ -34,10 +35,10 @@ def found_with(b):
 def said_of(found):
     families = {"width": ["width 4", "proxy"]}
     laws = {
-        how: {name: overoptimization.fitted(*law, found[how][name], D[1:], seed=0, rounds=8) for name in families["width"]}
-        for how, law in overoptimization.LAWS.items()
+        how: {name: read.fitted(*law, found[how][name], D[1:], seed=0, rounds=8) for name in families["width"]}
+        for how, law in read.LAWS.items()
     }
-    return overoptimization.findings(found, laws, families), laws
+    return read.findings(found, laws, families), laws
 
 
 def test_laws_of_best_of_n_are_those_of_enumeration():
@@ -53,7 +54,7 @@ def test_a_way_is_what_the_laws_have_more_than_the_reference():
     ref_logp = jnp.log(jnp.array([[[0.5, 0.5], [0.75, 0.25]]]))  # of one seed, two prompts
     logp = jnp.stack([ref_logp, jnp.log(jnp.array([[[0.25, 0.75], [0.75, 0.25]]]))], axis=1)
     gold, proxy, judge = (jnp.array([x]) for x in ([[0.0, 4.0], [1.0, 1.0]], [[2.0, 0.0], [5.0, 0.0]], [[0.0, 0.0], [0.0, 9.0]]))
-    found = overoptimization.way(logp, ref_logp, gold, proxy, judge)
+    found = read.way(logp, ref_logp, gold, proxy, judge)
     kl = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)
     for x, want in zip(found, (kl / 2, 0.5, -0.25, 0), strict=True):
         np.testing.assert_allclose(x, [[0, want]], atol=1e-6)
@@ -62,17 +63,17 @@ def test_a_way_is_what_the_laws_have_more_than_the_reference():
 def test_where_one_stops_is_chosen_without_ones_own_gold():
     gold = np.array([[0.0, 5.0, 1.0], [0.0, 1.0, 4.0], [0.0, 1.0, 2.0]])
     found = Way(np.array([[0.0, 1.0, 4.0]] * 3), gold, gold, -gold)
-    np.testing.assert_array_equal(overoptimization.most(found), [1, 5 - 4, 1])  # places 2, 1, 1
-    np.testing.assert_array_equal(overoptimization.stopped_by_judge(found), [0, 0, 0])
-    np.testing.assert_array_equal(overoptimization.at_kl(found, [0.25, 2.25, 9.0]), [2.5, 2.5, 2.0])
+    np.testing.assert_array_equal(read.most(found), [1, 5 - 4, 1])  # places 2, 1, 1
+    np.testing.assert_array_equal(read.stopped_by_judge(found), [0, 0, 0])
+    np.testing.assert_array_equal(read.at_kl(found, [0.25, 2.25, 9.0]), [2.5, 2.5, 2.0])
 
 
-@pytest.mark.parametrize("how", overoptimization.LAWS)
+@pytest.mark.parametrize("how", read.LAWS)
 def test_a_law_is_found_again_and_its_band_says_how_surely(how):
-    law, fit = overoptimization.LAWS[how]
+    law, fit = read.LAWS[how]
     each = np.array([np.asarray(law(jnp.asarray(D), a, 0.4)) for a in (0.9, 1.1)])
     both = Way(np.broadcast_to(D**2, each.shape), each, each, each)
-    found = overoptimization.fitted(law, fit, both, D, seed=0, rounds=50)
+    found = read.fitted(law, fit, both, D, seed=0, rounds=50)
     np.testing.assert_allclose([found["a"], found["b"], found["r2"]], [1, 0.4, 1], atol=1e-3)
     np.testing.assert_allclose(found["curve"], each.mean(0), atol=1e-3)
     np.testing.assert_allclose(found["band"], each, atol=1e-3)  # of two seeds the extremes are either alone
@@ -97,7 +98,7 @@ def test_a_proxy_differs_from_the_first_in_one_thing():
     config = configs.get_config()
     proxies = overoptimization.proxies_of(config)
     assert all(sum(a != b for a, b in zip(x, proxies["proxy"], strict=True)) == (x != proxies["proxy"]) for x in proxies.values())
-    assert overoptimization.families(config)["comparisons"] == ["comparisons 100", "comparisons 300", "proxy", "comparisons 3000"]
+    assert read.families(config)["comparisons"] == ["comparisons 100", "comparisons 300", "proxy", "comparisons 3000"]
     for variant in configs.VARIANTS:
         config = configs.get_config(variant)
         check(config)
