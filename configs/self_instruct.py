@@ -2,6 +2,10 @@
 
 python -m experiments.self_instruct --config=configs/self_instruct.py         SmolLM2-135M-Instruct
 python -m experiments.self_instruct --config=configs/self_instruct.py:fast    seconds: a small model that learns to write such lists
+
+Results, SmolLM2, seed 0, an hour on 2 CPU cores beside other work: of 281 instructions 150 are fit and new, of 196 examples 130
+can be learnt from. ROUGE-L on 318 rows of Natural Instructions: 19.2 ± 1.5 as it was, 22.3 ± 1.8 trained on the seed tasks (3.1 ±
+1.5 more), 20.1 ± 1.9 on its own (1.0 ± 1.7 more): nothing is gained by its own. Texts of fast are nonsense.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +36,7 @@ def get_config(variant: str = "smollm2") -> ConfigDict:
         "tasks": "natural_instructions",
         "source": "../shared/data/instruction/natural_instructions_dev.jsonl",
         "template": "configs/self_instruct/natural_instructions.json",  # in the words of the stages below
-        "count": 80,  # rows, spread evenly over the file; 0: all
+        "count": 0,  # rows, spread evenly over the file; 0: all
         "written": 48,  # tokens
     }
     config.beside = {"seeds_source": "stage:seeds", "own_source": "stage:own"}  # models that are examined, too; "": none
