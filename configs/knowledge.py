@@ -17,6 +17,9 @@ by answering always           0.61   0.38   0.06  -0.56
 by its own probability        0.62   0.52   0.41   0.29      and the derived thresholds
 
 So it learns to abstain, the more the dearer a wrong answer is, but tells less well what it knows than its own probability does.
+
+Of SmolLM2, 12 min: "Unknown" is preferred in 0.80 ± 0.11 of known_unknowns that nobody can answer, the answer in 0.36 ± 0.15 of the
+others; TruthfulQA 0.24 ± 0.03; of Wikidata's facts 0.40 ± 0.03 are right, and 0.72 ± 0.07 of the fifth that it is surest of.
 """
 
 from ml_collections import ConfigDict
