@@ -299,9 +299,11 @@ def command(workdir, source):
     """A run of the command, and the address that it prints."""
     given = [f"--config.pairs.source={source}", f"--workdir={workdir}"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and all below them
     run = subprocess.Popen(
         [sys.executable, "-u", "-m", "experiments.label", *given], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     for line in run.stdout:
         if "http://" in line:
             return run, line.split()[-1].partition("#")
