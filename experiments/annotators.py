@@ -258,7 +258,7 @@ def versus(title: str, one: dict, other: dict, measure: str) -> str:
 
 def more(one: dict, other: dict, measure: str) -> list:
     """Where one has more than the other, by two errors."""
-    return [x for x, said in one.items() if x in other and study.compared(said[measure], other[x][measure]).endswith("more")]
+    return [x for x, said in one.items() if x in other and study.more(said[measure], other[x][measure]) > 0]
 
 
 def run(config, workdir):

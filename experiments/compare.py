@@ -67,9 +67,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None):
             f"nothing to compare: of {len(prompts)} prompts {equal} have two equal responses, and {unscored} one that the gold "
             f"score fails on; is sample.temperature = {config.sample.temperature:g} above 0?"
         )
-    with launch.replacing(workdir / "comparisons.jsonl") as write:
-        for row in rows:
-            write(row)
+    launch.write_rows(workdir / "comparisons.jsonl", rows)
     both = np.array([[row["gold_chosen"], row["gold_rejected"]] for row in rows])
     summary = {
         "comparisons": len(rows),

@@ -128,9 +128,7 @@ def critique(config, workdir: Path, stages: launch.Stages | None = None):
     said = [(row["responses"][0], row["response"]) for row in rows]
     rows += constitutional.revise(helpful, write=lambda name, *x: ask.texts(f"helpful {name}", *x), rounds=0, **settings)
     kept = [rows[n] for n in order(len(rows), len(rows), seed=config.seed, step=0) if rows[n]["response"]]
-    with launch.replacing(workdir / "revisions.jsonl") as write:
-        for row in kept:
-            write(row)
+    launch.write_rows(workdir / "revisions.jsonl", kept)
     _show(workdir, [(k, row["prompt"], text, _by(row, k)) for row in rows for k, text in enumerate(row["responses"])])
     summary = {"rows": len(kept), "empty": len(rows) - len(kept), "changed": np.mean([a != b for a, b in said])}
     for k, name in enumerate(("first", "last")):
@@ -184,9 +182,8 @@ def taste(p) -> dict:
 
 
 def _show(workdir, samples):
-    with launch.replacing(workdir / "samples.jsonl") as write:
-        for step, prompt, response, more in samples:
-            write({"step": step, "prompt": prompt, "response": response} | more)
+    rows = [{"step": step, "prompt": prompt, "response": response} | more for step, prompt, response, more in samples]
+    launch.write_rows(workdir / "samples.jsonl", rows)
 
 
 def _end(config, workdir, summary):
@@ -200,9 +197,7 @@ def run(config, workdir: Path):
     stages = launch.Stages(
         workdir, config.stages, {"critique": critique, "sft": sft.run, "label": label, "reward": reward.run, "ppo": ppo.run}
     )
-    with launch.replacing(workdir / "prompts.jsonl") as write:  # of PPO, which holds out the same
-        for row in known.prompts + known.held_out:
-            write(row)
+    launch.write_rows(workdir / "prompts.jsonl", known.prompts + known.held_out)  # of PPO, which holds out the same
     revised = str(Path(stages.path(config.stages.sft.data.source)) / "revisions.jsonl")
     config.stages.sft.data.source, config.stages.ppo.prompts.source = revised, str(workdir / "prompts.jsonl")
     config.stages.ppo.evaluate.prompts = len(known.held_out)

@@ -111,10 +111,10 @@ def findings(values: dict) -> list[str]:
 
     def found(x, than):
         """Whether x is more than `than`, which the paper says."""
-        value, error = statistics.mean(np.array(x) - than)
-        less = "the other way round than in the paper" if value < -2 * error else "which does not show what the paper has"
-        verdict = "as in the paper" if value > 2 * error else less
-        return f"{study.compared(x, np.broadcast_to(than, len(x)))}, {verdict}."
+        other = np.broadcast_to(than, len(x))
+        no = "which does not show what the paper has"
+        verdict = {1: "as in the paper", 0: no, -1: "the other way round than in the paper"}[study.more(x, other)]
+        return f"{study.compared(x, other)}, {verdict}."
 
     told = []
     for source in dict.fromkeys(name.partition("/accuracy/")[0] for name in values if "/accuracy/" in name):

@@ -104,9 +104,7 @@ def trained(stage, name: str, folder, learnt: list[dict], seed: int) -> str:
         return stage.model.source
     stage = stage.copy_and_resolve_references()
     stage.seed, path = seed, folder / f"lessons_{records.fingerprint(learnt)}.jsonl"
-    with launch.replacing(path) as write:
-        for lesson in learnt:
-            write(lesson)
+    launch.write_rows(path, learnt)
     stage.data.source = str(path)
     return launch.Stages(folder, {name: stage}, {name: sft.run}).path(f"stage:{name}")
 
@@ -123,8 +121,9 @@ def findings(found: dict) -> list[str]:
         unseen = kinds["unseen"]
         few, many = min(unseen), max(unseen)
         best[name] = unseen[many]
-        more, error = statistics.mean(np.subtract(unseen[many], unseen[few]))
-        verdict = "as the papers have it" if more > 2 * error else "which does not show what the papers have"
+        verdict = (
+            "as the papers have it" if study.more(unseen[many], unseen[few]) > 0 else "which does not show what the papers have"
+        )
         told.append(f"{name}, unseen tasks, {many} tasks against {few}: {study.compared(unseen[many], unseen[few])}, {verdict}.")
         steps = [f"{n} to {m}: {study.compared(unseen[m], unseen[n])}" for n, m in zip(sorted(unseen), sorted(unseen)[1:])]
         told.append(f"{name}, step by step, from {'; '.join(steps)}.")

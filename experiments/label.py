@@ -83,9 +83,7 @@ def leave(workdir: Path, found: dict):
     said = labels.standing(log.read_lines(workdir / "labels.jsonl"))
     rows = labels.votes(found, said)
     for name, these in (("votes", rows), ("comparisons", [row for row in rows if row["won"] > row["lost"]])):
-        with launch.replacing(workdir / f"{name}.jsonl") as write:
-            for row in these:
-                write(row)
+        launch.write_rows(workdir / f"{name}.jsonl", these)
     told = labels.summary(found, said, rows) | {"sha256": files.sha256(workdir / "comparisons.jsonl")}
     log.write_json(workdir / "summary.json", told)
 

@@ -230,12 +230,11 @@ class Stages(NamedTuple):
     def _check(self, name: str):
         """Refuse a stage that is there but was made otherwise, the stages that it reads first."""
         folder, settings = self.root / name, log.plain(self.settings[name].copy_and_resolve_references())
-        made_from = self._made_from(settings)
-        for before in made_from.keys() & set(self.settings):
+        for before in self._before(settings):
             self._check(before)
         if not (folder / "summary.json").exists():
             return
-        then, now = log.read_json(folder / "config.json"), settings
+        made_from, then, now = self._made_from(settings), log.read_json(folder / "config.json"), settings
         then, now = ({key: x for key, x in kept.items() if key not in HOW} for kept in (then, now))
         kept = folder / MADE_FROM  # absent: it will be made on from there
         kept = log.read_json(kept) if kept.exists() else made_from
@@ -245,10 +244,13 @@ class Stages(NamedTuple):
                 f"Delete that folder to make it again, or choose another --workdir."
             )
 
+    def _before(self, settings: dict) -> list[str]:
+        """The stages that these settings read."""
+        return sorted(set(re.findall(r'"stage:(\w+)"', json.dumps(settings))) & set(self.settings))
+
     def _made_from(self, settings: dict) -> dict:
         """What these settings read: {stage: its summary but for the seconds, name of a setting: the sha256 of its file}."""
-        names = sorted(set(re.findall(r'"stage:(\w+)"', json.dumps(settings))) & set(self.settings))
-        summaries = {name: log.read_json(self.root / name / "summary.json") for name in names}
+        summaries = {name: log.read_json(self.root / name / "summary.json") for name in self._before(settings)}
         sources = {name: x for name, x in log.flat(settings).items() if name.endswith("source") and Path(str(x)).is_file()}
         read = {name: files.sha256(Path(path)) for name, path in sources.items()}
         return read | {name: {key: x for key, x in found.items() if key != "seconds"} for name, found in summaries.items()}
@@ -290,6 +292,13 @@ def replacing(path: str | Path):
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def write_rows(path: str | Path, rows):
+    """The rows of a .jsonl file, by `replacing`."""
+    with replacing(path) as write:
+        for row in rows:
+            write(row)
 
 
 def looped(workdir: Path) -> float:

@@ -172,7 +172,7 @@ def of_seed(config, folder: Path, engines: dict) -> dict:
         if not rows:
             raise ValueError("no sample is kept, so there is nothing to learn: draw more (improve.samples), or from more problems")
         name = f"sft_{records.fingerprint(source and Path(source).name, rows)}"
-        _write(folder / f"{name}.jsonl", rows)
+        launch.write_rows(folder / f"{name}.jsonl", rows)
         settings = copy.deepcopy(template)
         settings.model.source, settings.data.source = source or first, str(folder / f"{name}.jsonl")
         return launch.Stages(folder, {name: settings}, {name: sft.run}).path(f"stage:{name}")
@@ -188,12 +188,6 @@ def of_seed(config, folder: Path, engines: dict) -> dict:
             said[f"{name}/{number}"] = measure(loaded)[0] | told
             log.say(f"seed {config.seed}, {name}, round {number}: {said[f'{name}/{number}']}")
     return said
-
-
-def _write(path, rows):
-    with launch.replacing(path) as write:
-        for row in rows:
-            write(row)
 
 
 def findings(found: dict, last: dict[str, str], *, samples: int) -> list[str]:

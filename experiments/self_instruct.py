@@ -11,8 +11,6 @@ which an interrupted run goes on, and the report.
 import zlib
 from functools import partial
 
-import numpy as np
-
 from experiments import common, evaluate, launch, sft, study
 from jaxalign import keys, shard
 from jaxalign.data import sources
@@ -93,8 +91,7 @@ def findings(said: dict, scores: dict) -> list[str]:
         if name in scores and other in scores:
             told.append(f"The model {name} against the one {other}: {study.compared(scores[name], scores[other])}.")
     if OWN in scores:
-        value, error = statistics.mean(np.subtract(scores[OWN], scores[FIRST]))
-        found = "That agrees in sign" if value > 2 * error else "That is not found here"
+        found = "That agrees in sign" if study.more(scores[OWN], scores[FIRST]) > 0 else "That is not found here"
         told.append(f"Wang et al. 2022 gained 33 points by it, with GPT-3, which had followed no instruction before. {found}.")
     return told
 
@@ -116,9 +113,7 @@ def figures(said: dict, scores: dict) -> dict:
 
 
 def leave_rows(path, rows) -> str:
-    with launch.replacing(path) as write:
-        for row in rows:
-            write(row)
+    launch.write_rows(path, rows)
     return str(path)
 
 

@@ -32,6 +32,12 @@ def over_seeds(name: str, values) -> dict:
     return {name: value} | ({f"{name}_error": error} if len(values) > 1 else {})
 
 
+def more(a, b) -> int:
+    """1 where a is more than b, [N] each, paired, by two standard errors; -1 where it is less; else, and of one pair, 0."""
+    value, error = statistics.mean([x - y for x, y in zip(a, b, strict=True)])
+    return (value > 2 * error) - (value < -2 * error)
+
+
 def compared(a, b) -> str:
     """How much more a is than b, [N] each, paired, with its standard error: "0.31 ± 0.05 more", "0.20 ± 0.04 less" or, within two
     errors, "no different (0.02 ± 0.05)". Where nothing says what chance does: "0.31 more, of one", "0.50 more, of 2 alike"."""

@@ -23,6 +23,13 @@ def test_a_difference_within_two_errors_is_none(a, b, said):
     assert study.compared(a, b) == said
 
 
+@pytest.mark.parametrize(
+    "a, more", [([1.0, 1.1, 0.9], 1), ([-1.0, -1.1, -0.9], -1), ([1.0, -1.0, 0.3], 0), ([0.0, 0.0], 0), ([5.0], 0)]
+)
+def test_what_is_more_is_so_by_two_errors(a, more):
+    assert study.more(a, [0.0] * len(a)) == more
+
+
 def test_a_study_leaves_what_its_report_is_made_of(tmp_path):
     summary = study.over_seeds("gold", [1.0, 2.0, 3.0]) | study.over_seeds("one", [1.0])
     assert summary == {"gold": 2.0, "gold_error": pytest.approx(3**-0.5), "one": 1.0}

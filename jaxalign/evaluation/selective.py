@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from jaxalign.evaluation import statistics
+
 
 def confidence(value, informative):
     """Of draws [F,D]: the answer that most of them give, among those that give one, and its share of these. -> (i64 [F], f64 [F])
@@ -17,16 +19,9 @@ def confidence(value, informative):
 
 
 def calibrated(share, right):
-    """-> (share) -> P(right) = sigmoid(a + b share), fitted to shares [N] and whether each was right [N], by Newton. Platt 1999.
-
-    A normal prior of std 10 on a and b keeps them finite.
-    """
-    weights, inputs = np.zeros(2), np.stack([np.ones(len(share)), share], 1)
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-inputs @ weights))
-        curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs + np.eye(2) / 100
-        weights = weights + np.linalg.solve(curvature, inputs.T @ (right - p) - weights / 100)
-    return lambda share: 1 / (1 + np.exp(-(weights[0] + weights[1] * share)))
+    """-> (share) -> P(right), `statistics.logistic` of shares [N] and whether each was right [N]. Platt 1999."""
+    (a, b), _ = statistics.logistic(share, right)
+    return lambda share: 1 / (1 + np.exp(-(a + b * share)))
 
 
 def accuracies(sure, right):

@@ -73,14 +73,23 @@ def length_controlled(won, longer, *, prior: float = 10.0) -> Estimate:
     Args: won [N], from 0 to 1, the mean of both orders; longer [N]: length of our answer less that of the other, in any unit.
     """
     won, longer = np.asarray(won, np.float64), np.asarray(longer, np.float64)
-    inputs = np.stack([np.ones(len(won)), np.tanh(longer / (longer.std() or 1.0))], axis=1)
+    weights, curvature = logistic(np.tanh(longer / (longer.std() or 1.0)), won, prior=prior)
+    rate = 1 / (1 + np.exp(-weights[0]))
+    return Estimate(float(rate), float(rate * (1 - rate) * np.sqrt(np.linalg.inv(curvature)[0, 0])))
+
+
+def logistic(x, y, *, prior: float = 10.0):
+    """P(y) = sigmoid(a + b x), by Newton's method; a and b have a normal prior of std `prior`. x [N]; y [N], from 0 to 1.
+
+    -> ((a, b), the curvature of the posterior's negative logarithm there, [2,2])
+    """
+    inputs = np.stack([np.ones(len(y)), x], axis=1)
     weights, ridge = np.zeros(2), np.eye(2) / prior**2
     for _ in range(50):
         p = 1 / (1 + np.exp(-inputs @ weights))
         curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs + ridge
-        weights = weights + np.linalg.solve(curvature, inputs.T @ (won - p) - ridge @ weights)
-    rate = 1 / (1 + np.exp(-weights[0]))
-    return Estimate(float(rate), float(rate * (1 - rate) * np.sqrt(np.linalg.inv(curvature)[0, 0])))
+        weights = weights + np.linalg.solve(curvature, inputs.T @ (y - p) - ridge @ weights)
+    return weights, curvature
 
 
 def reliability(confidence, correct, *, bins: int = 10) -> dict:
