@@ -18,7 +18,7 @@ from configs import follow, sft
 def get_config(variant: str = "sentiment"):
     made = sft.get_config("tiny" if variant == "tiny" else "reviews")
     config = made.copy_and_resolve_references()
-    del config.scratch, config.evaluate.tasks, config.evaluate.count
+    del config.scratch
     config.model.source = "stage:sft"
     config.data = {
         "source": "sentiment",  # a .jsonl file, hub:owner/name[:config][@split], or a generated world: a name of data/opinions.py

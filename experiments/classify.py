@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, launch, sft
+from experiments import common, evaluate, launch, sft
 from jaxalign import keys, models, shard
 from jaxalign.data import tables, text, transformations
 from jaxalign.models import adapters
@@ -143,7 +143,7 @@ def run(config, workdir: Path, stages: launch.Stages | None = None):
         data_at,
         workdir=workdir,
         stop=config.run.steps,
-        hooks=[watched],
+        hooks=[watched, evaluate.hook(loaded, mesh, workdir, **config.evaluate)],
         config=config,
         identity={"model": loaded.digest, "tokenizer": loaded.tokenizer_digest, "data": texts},
         tokens_per_step=most * config.run.batch * config.data.length,

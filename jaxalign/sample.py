@@ -46,10 +46,11 @@ def sample(
     top_p: float = 1.0,
     slots: int = 0,
     allowed=None,
+    until=None,
 ):
     """Continue prompts by up to `length` tokens, up to and including EOS. -> (Batch, logp, drawn_logp), each [B, T + length]
 
-    The batch's weights are 1 on the tokens drawn. What follows EOS is padding: token 0, segment 0.
+    The batch's weights are 1 on the tokens drawn. What follows the end is padding: token 0, segment 0.
     Args:
         keys: random keys [B], one a row; draw i of a row is keyed by fold_in(key, i), whatever the rest of the batch does.
         prompts: left-padded, so that every row's last column is its last token. B of them, or B/n: each is read once, and continued
@@ -58,13 +59,15 @@ def sample(
         slots: how many rows are decoded at a time: where one ends, another begins. 0: all. It changes no sample.
         allowed: i32 [S,V], of prompts.constrain: in state s, token v leads to state allowed[s,v]; -1: it is never drawn. A row
             begins in state 0. A response that has no EOS yet when its length is up is the start of one that is allowed.
-    Raises ValueError where the rows of `allowed` are not as long as the vocabulary.
+        until: i32 [S,V], of prompts.constrain: in state s, token v leads to state until[s,v]; -1: it ends the response.
+    Raises ValueError where the rows of `allowed` or `until` are not as long as the vocabulary.
     """
     (asked, start), rows = prompts.tokens.shape, len(keys)
     if rows % asked:
         raise ValueError(f"{rows} keys for {asked} prompts: each prompt has as many")
-    if allowed is not None and allowed.shape[1] != model.config.vocab:
-        raise ValueError(f"allowed is of a vocabulary of {allowed.shape[1]}, and the model's has {model.config.vocab}")
+    for name, table in {"allowed": allowed, "until": until}.items():
+        if table is not None and table.shape[1] != model.config.vocab:
+            raise ValueError(f"{name} is of a vocabulary of {table.shape[1]}, and the model's has {model.config.vocab}")
     group, slots = rows // asked, min(slots or rows, rows)
 
     def draw(state, logits):
@@ -75,10 +78,14 @@ def sample(
         drawn = choose(u, logits, follows, temperature=temperature, top_k=top_k, top_p=top_p)
         if allowed is not None:
             state = state | {"place": jnp.take_along_axis(follows, drawn[0][:, None], axis=1)[:, 0]}
+        going = drawn[0] != eos
+        if until is not None:
+            state = state | {"spelt": jnp.asarray(until)[state["spelt"], drawn[0]]}
+            going &= state["spelt"] >= 0
         here = live[:, None] & (jnp.arange(length)[None] == count[:, None])
         said = jax.tree.map(lambda x, new: jnp.where(here, new[:, None], x), state["said"], drawn)
         token, count = jnp.where(live, drawn[0], 0), count + live
-        return state | {"token": token, "said": said, "count": count, "live": live & (token != eos) & (count < length)}
+        return state | {"token": token, "said": said, "count": count, "live": live & going & (count < length)}
 
     def one(carry):
         at, cache, state = carry
@@ -90,7 +97,7 @@ def sample(
     prompts = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), prompts)
     last, zeros = prompts.segments[:, -1], jnp.zeros((rows, length), jnp.float32)
     state = {"row": jnp.arange(rows), "u": _uniform(keys, length), "segment": last, "live": last > 0}
-    state |= {"token": 0 * last, "count": 0 * last, "place": 0 * last, "said": (zeros.astype(jnp.int32), zeros, zeros)}
+    state |= dict.fromkeys(("token", "count", "place", "spelt"), 0 * last) | {"said": (zeros.astype(jnp.int32), zeros, zeros)}
     state = draw(state, jnp.repeat(model.unembed(params, hidden[:, -1]), group, axis=0))
     state = (_at_once if slots == rows else _in_turn)(model, one, read, state, slots=slots, group=group, start=start, length=length)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import classify as classify_config
-from experiments import classify, common
+from experiments import classify, common, launch
 from jaxalign import models, shard
 from jaxalign.data import opinions, reviews, transformations
 from jaxalign.data.reviews import VALENCES
@@ -126,9 +126,14 @@ def run(config, folder):
 
 @pytest.fixture(scope="module")
 def similar(base, tmp_path_factory):
-    """A run that learned similarity: its settings, folder and summary."""
+    """A run that learned similarity, and was asked about sentiment on its way: its settings, folder and summary."""
     config, folder = settings(base, "similarity"), tmp_path_factory.mktemp("similar")
-    return config, folder, run(config, folder)
+    config.evaluate.update(every=2, tasks="sentiment_calibrated")
+    asked = launch.config_of("evaluate", "sentiment_calibrated")
+    asked.data.source, asked.shots = written(folder, {"text": "good", "label": 1}, {"text": "bad", "label": 0})["source"], 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "config_of", lambda *_: asked)
+        return config, folder, run(config, folder)
 
 
 def loaded(config, source):
@@ -148,6 +153,8 @@ def test_a_pair_is_as_similar_the_other_way_round_and_is_scored_as_it_was_traine
     loss, _ = jax.jit(partial(supervised.classify, model=model.model, lm_weight=0.0))(model.params, data)
     assert -there[np.arange(16), data.label].sum() == pytest.approx(float(loss), rel=1e-5)
     assert {"accuracy", "accuracy_stderr", "ece", "chance", "accuracy/other", "accuracy/same"} < summary.keys()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert ["sentiment_calibrated/accuracy" in line for line in lines if "accuracy/held_out" in line] == [True] * 3
 
 
 def test_new_tokens_are_trained_and_left_with_the_model(similar, base):

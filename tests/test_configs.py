@@ -54,7 +54,7 @@ BUILT = [(name, variant) for name, path in FILES.items() for variant in (None, *
 
 # section: (the function that it is splatted into, the arguments that are not for a config to say: the driver's, and tests')
 MESH = {"mesh": (shard.make_mesh, ("devices",))}
-SAMPLE = {"sample": (sample.sample, ("model", "params", "keys", "prompts", "eos", "allowed"))}
+SAMPLE = {"sample": (sample.sample, ("model", "params", "keys", "prompts", "eos", "allowed", "until"))}
 TRAINING = {
     "optim": (optim.adam, ("steps",)),
     "guard": (step.make_step, ("objective", "tx", "accumulate", "hold_above")),
@@ -120,6 +120,7 @@ SPLATTED |= {
         **TRAINING,
         **ADAPTER,
         "data": (classify.examples, ("tokenizer", "seed")),
+        "evaluate": FINE_TUNING["evaluate"],
         "objective": (supervised.classify, ("params", "data", "model")),
     },
     "distill": {**MESH, **SAMPLE, **TRAINING, **ADAPTER, **{name: SPLATTED["sft"][name] for name in ("data", "evaluate")}},

@@ -182,12 +182,12 @@ def test_a_continuation_is_its_own(generate, words, on_rows):
 
 
 def test_a_continuation_ends_at_the_first_stop_string_or_special_token(generate, words, on_rows):
-    """<end> among them, which decoding leaves out."""
+    """<end> among them, which decoding leaves out; nothing is drawn behind it."""
     prompts, keys = [PROMPTS[0]] * 16, keys_of(*range(16))
-    free, stopped = (generate(on_rows[1], keys, prompts, until) for until in ((), ("<end>", "b")))
-    assert [written.tokens for written in free] == [written.tokens for written in stopped]
-    for written in stopped:
-        stop = next((k for k, token in enumerate(written.tokens) if token in (1, 2, 4)), None)
+    free, stopped = (generate(on_rows[1], keys, prompts, until) for until in ((), ("<end>", "b", "")))
+    for before, written in zip(free, stopped, strict=True):
+        stop = next((k for k, token in enumerate(before.tokens) if token in (1, 2, 4)), None)
+        assert written.tokens == before.tokens[: None if stop is None else stop + 1]
         assert written.ended == (stop is not None)
         assert written.text.split() == words.decode(written.tokens[:stop], skip_special_tokens=True).split()
     assert sum(2 in written.tokens for written in stopped) > 2 and sum(4 in written.tokens for written in stopped) > 2

@@ -378,6 +378,31 @@ def test_a_regular_expression_allows_its_language_and_nothing_else(pattern):
             assert allows(table, [*tokens, 2]) == bool(re.fullmatch(pattern, text)), text
 
 
+@pytest.mark.parametrize(
+    "stops", [("\n",), ("\n\n", "Question:"), ("Q:", "<|im_end|>", "aab", " b a b"), ("Exercise 1.", "\nOutput:", "\nTask")]
+)
+def test_a_text_ends_with_the_token_that_completes_a_stop_string(smollm2, stops):
+    """Against decoding it all again after each token."""
+    table = constrain.until(smollm2, stops, vocab=len(smollm2) + 8)
+    written = ["\n\n", "Question:", "Q:", "a b a b", "aaab", "Exercise 1. \nOutput:\nTask", "Question: \n", "<|im_end|>", "é"]
+    pieces, draws, ended = [smollm2(text).input_ids for text in written], np.random.default_rng(0), 0
+    for _ in range(200):
+        tokens = [token for n in draws.integers(len(pieces), size=4) for token in pieces[n][: draws.integers(1, 9)]]
+        state, special = 0, smollm2.convert_tokens_to_ids("<|im_end|>")
+        for k, token in enumerate(tokens):
+            state = table[state, token]
+            said = smollm2.decode(tokens[: k + 1], skip_special_tokens=True)
+            whole = any(stop in said for stop in stops) or (token == special and "<|im_end|>" in stops)
+            assert (state < 0) == whole, said
+            if whole:
+                ended += 1
+                break
+    assert 20 < ended < 200
+    for none in ((), ("",)):
+        with pytest.raises(ValueError, match="stop strings"):
+            constrain.until(smollm2, none, vocab=len(smollm2))
+
+
 def test_a_set_of_answers_is_allowed_in_its_own_tokens(smollm2):
     said = [" positive", " not positive", " not"]
     vocab, eos = len(smollm2) + 8, smollm2.eos_token_id

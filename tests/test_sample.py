@@ -173,6 +173,22 @@ def test_what_is_allowed_alone_is_drawn_and_logp_is_that_of_the_whole_vocabulary
         sample(tiny.model, tiny.params, keys_of(*range(18)), prompts, length=1, eos=EOS, allowed=table[:, :13])
 
 
+@pytest.mark.parametrize("slots", [0, 4])
+def test_a_response_ends_where_a_table_says_so_and_is_no_other_before(slots, tiny):
+    """Behind any two tokens of the upper half in a row."""
+    upper = np.arange(14) >= 7
+    table = np.stack([np.where(upper, 1, 0), np.where(upper, -1, 0)]).astype(np.int32)
+    prompts, keys = left_padded(PROMPTS * 3), keys_of(*range(18))
+    free, until = (sample_jit(tiny.model, tiny.params, keys, prompts, slots=slots, until=t)[0] for t in (None, table))
+    shorter = 0
+    for (before, wrote), (tokens, kept) in zip(zip(free.tokens, free.weights > 0), zip(until.tokens, until.weights > 0)):
+        before = before[wrote].tolist()
+        end = next((k for k in range(1, len(before)) if min(before[k - 1 : k + 1]) >= 7), LENGTH) + 1
+        assert tokens[kept].tolist() == before[:end]
+        shorter += end < len(before)
+    assert 3 < shorter < 18
+
+
 def test_the_program_holds_what_it_samples_to_an_expression_or_to_answers(shared, tmp_path):
     config = sample_config.get_config()
     config.model.source = str(shared / "data" / "models" / "stories260k")

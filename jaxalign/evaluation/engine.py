@@ -14,7 +14,7 @@ Of a long run, `tell(number, result)` hears of each request when it is answered,
 """
 
 import re
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -23,10 +23,12 @@ import numpy as np
 
 from jaxalign import sample, shard
 from jaxalign.data import tables, text
+from jaxalign.prompts import constrain
 from jaxalign.score import by_chunk, of_logits, shift
 
 SHORT = 32  # columns: the least, and those in which the targets of most requests are
 ENDS = 8  # documents that differ in the last token alone, such as letters of choices, and are read as one row
+STATES = 16  # of tables of stop strings, a multiple, so that others compile nothing anew
 CONTEXT = 2048  # most tokens of a model that has no longest text, as lm-evaluation-harness has it
 
 
@@ -43,7 +45,7 @@ class Written(NamedTuple):
     """A continuation."""
 
     text: str  # up to the stop string, without special tokens
-    tokens: list[int]  # as drawn: with EOS, and what stands behind the stop string
+    tokens: list[int]  # as drawn: with EOS, or the token that completes the stop string
     ended: bool  # by EOS or by a stop string
     cut: bool  # the prompt was too long, and lost its start
 
@@ -112,8 +114,8 @@ def windows(tokens: list[int], *, length: int, prefix: int) -> list[text.Documen
 def generator(model, mesh, tokenizer, *, batch: int, context: int, length: int, **settings):
     """-> generate(params, row_keys, prompts, until=(), tell=None) -> [Written], one a prompt.
 
-    Rows are decoded to EOS or `length`, and then cut at the first of the stop strings `until`, which may be special tokens: such a
-    row is not done before the others.
+    A row is decoded to EOS, `length`, or the token that completes one of the stop strings `until`, which may be special tokens; the
+    text is cut before it.
     Args:
         batch: rows at a time; it divides over the mesh.
         context: most tokens of prompt and continuation. Longer prompts lose their start.
@@ -125,25 +127,31 @@ def generator(model, mesh, tokenizer, *, batch: int, context: int, length: int, 
     room, eos = context - length, -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     added = tokenizer.get_added_vocab()
 
-    def draw(params, row_keys, prompts):
-        return sample.sample(model, params, row_keys, prompts, length=length, eos=eos, **settings)[0]
+    def draw(params, row_keys, prompts, until):
+        return sample.sample(model, params, row_keys, prompts, length=length, eos=eos, until=until, **settings)[0]
 
     work = shard.on_mesh(jax.jit(draw), mesh)
 
+    @cache
+    def table(until):
+        found = constrain.until(tokenizer, until, vocab=model.config.vocab)
+        return np.pad(found, ((0, -len(found) % STATES), (0, 0)))
+
     def generate(params, row_keys, prompts, until=(), tell=None):
-        specials = {eos, *(added[stop] for stop in until if stop in added)}
+        until = tuple(stop for stop in until if stop)
+        stops, specials = table(until) if until else None, {eos, *(added[stop] for stop in until if stop in added)}
         kept = [text.fit(prompt, room, keep="end", source_length=context) for prompt in prompts]
         found = [None] * len(kept)
         for (wide, sources), rows, count in _alike([_sides(prompt, room, context) for prompt in kept], batch):
             drawn = shard.fetch(
-                work(params, row_keys[np.array(rows)], _placed([kept[n] for n in rows], wide, sources, model, mesh))
+                work(params, row_keys[np.array(rows)], _placed([kept[n] for n in rows], wide, sources, model, mesh), stops)
             )
             for r, n in enumerate(rows[:count]):
                 tokens = drawn.tokens[r][drawn.weights[r] > 0].tolist()
                 stop = next((i for i, token in enumerate(tokens) if token in specials), len(tokens))
                 answer, stopped = cut(tokenizer.decode(tokens[:stop], skip_special_tokens=True), until)
                 was_cut = len(kept[n].ids) < len(prompts[n].ids)
-                found[n] = Written(answer, tokens, stopped or stop < len(tokens), was_cut)
+                found[n] = Written(answer, tokens, stopped or stop < len(tokens) or len(tokens) < length, was_cut)
                 if tell:
                     tell(n, found[n])
         return found

@@ -1,7 +1,10 @@
-"""Constrained generation: which tokens may follow, as a table.
+"""Constrained generation: which tokens may follow, and which end a text, as tables.
 
-table i32 [states, V]: in state s, token v leads to state table[s, v]; -1 is not allowed. State 0 is the first. Where what was said
-is whole, EOS is allowed; behind it nothing matters. From every state an EOS can be reached.
+table i32 [states, V]: in state s, token v leads to state table[s, v]. State 0 is the first.
+
+`to_answers`, `to_regex`: -1 is not allowed. Where what was said is whole, EOS is allowed; behind it nothing matters. From every
+state an EOS can be reached.
+`until`: -1 ends the text.
 """
 
 import re
@@ -53,7 +56,7 @@ def to_regex(tokenizer, pattern: str, *, vocab: int, eos: int) -> np.ndarray:
         raise ImportError('regular expressions want the package outlines-core: pip install -e ".[constrain]"') from error
     try:
         re.compile(pattern)
-        found = Index(f"(?:{pattern})\\x00", Vocabulary(eos, _spelled(tokenizer, eos) | {END: [vocab]}))
+        found = Index(f"(?:{pattern})\\x00", Vocabulary(eos, _spelled(tokenizer) | {END: [vocab]}))
     except (re.error, ValueError) as error:
         raise ValueError(f"the regular expression {pattern!r}: {error}") from error
     final, steps, states, into = found.get_final_states(), found.get_transitions(), [found.get_initial_state()], {}
@@ -80,10 +83,48 @@ def to_regex(tokenizer, pattern: str, *, vocab: int, eos: int) -> np.ndarray:
     return table
 
 
-def _spelled(tokenizer, eos: int) -> dict[str, list[int]]:
-    """{text inside a text: the tokens that spell it}"""
-    start, known = tokenizer("a", add_special_tokens=False)["input_ids"][-1:], tokenizer.added_tokens_decoder
-    ids = [token for token in range(len(tokenizer)) if token != eos and not (token in known and known[token].special)]
+def until(tokenizer, stops, *, vocab: int) -> np.ndarray:
+    """The table of texts that end with the token that completes one of the stop strings, by Aho and Corasick's automaton.
+
+    Special tokens are no text; those that are a stop string themselves end one. A token that holds a part of a character completes
+    none.
+    Raises ValueError for no stop strings, or an empty one.
+    """
+    if not all(stops) or not stops:
+        raise ValueError(f"stop strings {stops!r}: one at least, and none of them empty")
+    letters = {letter: n for n, letter in enumerate(sorted(set("".join(stops))))}
+    begun = sorted({stop[:n] for stop in stops for n in range(len(stop))}, key=len)  # what may have been said of one: the states
+    done, other, no_letter = len(begun), len(letters), len(letters) + 1
+    step = np.zeros((done + 1, len(letters) + 2), np.int32)  # [state, letter]
+    for state, said in enumerate(begun):
+        for letter, n in letters.items():
+            grown = said + letter
+            ended = any(grown.endswith(stop) for stop in stops)
+            step[state, n] = done if ended else next(begun.index(grown[k:]) for k in range(len(grown) + 1) if grown[k:] in begun)
+    step[done], step[:, no_letter] = done, np.arange(done + 1)
+
+    spelled = [(token, text) for text, tokens in _spelled(tokenizer).items() for token in tokens]
+    spelt = np.full((max(len(text) for _, text in spelled), vocab), no_letter)  # [letter of a token, token]
+    spelt[0] = other
+    for token, text in spelled:
+        spelt[: len(text), token] = [letters.get(letter, other) for letter in text]
+    spelt[0, [*_special(tokenizer)]] = no_letter
+    table = np.repeat(np.arange(done)[:, None], vocab, axis=1)
+    for letter in spelt:
+        table = step[table, letter]
+    table[:, [token for text, token in tokenizer.get_added_vocab().items() if text in stops]] = done
+    return np.where(table == done, -1, table).astype(np.int32)
+
+
+def _special(tokenizer) -> set[int]:
+    added = tokenizer.added_tokens_decoder
+    return {*tokenizer.all_special_ids, *(token for token in added if added[token].special)}
+
+
+def _spelled(tokenizer) -> dict[str, list[int]]:
+    """{text inside a text: the tokens that spell it}; special tokens spell none"""
+    start, special = tokenizer("a", add_special_tokens=False)["input_ids"][-1:], _special(tokenizer)
+    ids = [token for token in range(len(tokenizer)) if token not in special]
     whole, *texts = tokenizer.batch_decode([start, *(start + [token] for token in ids)], clean_up_tokenization_spaces=False)
     spelled = {}
     for token, text in zip(ids, texts, strict=True):
