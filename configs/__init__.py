@@ -5,7 +5,7 @@ MESH = {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}  # devices of each ax
 MODEL = {  # of a model that is there, or that will be; a config says its source beside
     "tokenizer": "",  # a folder or hub id; "": the source's own
     "dtype": "float32",  # of activations and of weights as they are used; bfloat16, float16
-    "remat": "none",  # what a layer's backward pass computes again: full, dots
+    "remat": "dots",  # what a layer's backward pass computes again: all but products with weights and attention; none; full
     "attention": "xla",  # blocks (long or packed rows), cudnn (GPUs), splash (TPUs), ring (mesh.sequence > 1): the same numbers
 }
 

@@ -11,6 +11,8 @@ decoder, unseen          0.08  0.43  0.84  1.00  1.00  1.00  1.00      ± 0.16 o
 decoder, learnt          1.00  0.95  1.00  1.00  1.00  1.00  1.00
 encoder-decoder, unseen  0.00  0.01  0.02  0.02  0.05  0.21  0.57      ± 0.10 or less
 encoder-decoder, learnt  1.00  1.00  1.00  1.00  0.93  0.68  0.78      of many tasks it has not learnt all in as many updates
+
+smollm2, seed 0, 10 min, ROUGE-L of 48 questions about unseen tasks: 0.23 ± 0.03 with none learnt, 0.32 ± 0.05 with five.
 """
 
 from ml_collections import ConfigDict

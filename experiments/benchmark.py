@@ -6,8 +6,7 @@ their share of the fastest matrix product, seconds and number of compilations, p
 the rate of reading; of a whole iteration, the seconds of its parts.
 
 Model FLOPs are the least that a task needs: 2 x weights x tokens forward, 3 x that for an update, attention in full, nothing
-twice. Everything is float32, on one device, every length fixed, without remat. PERFORMANCE.md has what was tried and what came
-out.
+twice. Everything is float32, on one device, every length fixed. PERFORMANCE.md has what was tried and what came out.
 """
 
 import itertools

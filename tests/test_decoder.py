@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxalign import sample as sampling
-from jaxalign import score
+from jaxalign import score, shard
 from jaxalign.models import checkpoints, layout, names
 from jaxalign.models.decoder import REMAT, DecoderConfig, build
 from jaxalign.types import Batch
@@ -168,6 +168,19 @@ def test_remat_changes_no_gradient(case):
     first, *others = (jax.jit(jax.grad(lambda p, m=m: mean_nll(m, p, batch)))(params) for m in models)
     for other in others:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6, rtol=1e-5), first, other)
+
+
+@pytest.mark.parametrize("attention", ["xla", "blocks"])
+def test_what_is_computed_again_is_not_held(attention):
+    def held(remat):
+        shape = {"width": 16, "layers": 8, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp": 64, "vocab": 32}
+        model, tokens = build(DecoderConfig(**shape, context=256, remat=remat, attention=attention)), jnp.ones((1, 256), jnp.int32)
+        params = jax.eval_shape(lambda key: shard.unbox(model.init(key)), jax.random.key(0))
+        gradient = jax.jit(jax.grad(lambda params: model.apply(params, tokens, tokens)[0].sum()))
+        return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    none, dots, full = map(held, ("none", "dots", "full"))
+    assert 1.5 * full < 1.5 * dots < none
 
 
 def test_bfloat16_computes_in_bfloat16_and_stays_close():

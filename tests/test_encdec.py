@@ -272,7 +272,7 @@ def test_the_last_layers_of_the_decoder_may_be_trained_alone(small):
     jax.tree.map(np.testing.assert_array_equal, *said)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "none"])
 def test_what_is_computed_anew_is_the_same(small, remat):
     model, params = small
     batch = on_device(next(layouts())[1])

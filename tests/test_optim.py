@@ -50,6 +50,15 @@ def test_decay_is_decoupled_from_the_gradient():
     np.testing.assert_allclose(decayed["kernel"] - without["kernel"], -0.1 * 0.5 * 2.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [0.0, 0.1, 30.0])
+def test_clipping_is_that_of_optax_whether_the_norm_is_told_or_not(size):
+    grads = {"a": size * jnp.arange(3.0), "b": size * jnp.ones((2, 2))}
+    want = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())[0]
+    tx = optim.clip(1.0)
+    for told in ({}, {"norm": optax.tree.norm(grads)}):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), tx.update(grads, tx.init(grads), **told)[0], want)
+
+
 @pytest.mark.parametrize("t", [1, 10, 1000])
 def test_tensorflows_epsilon_is_outside_the_bias_correction(t):
     """After t equal gradients g, m / (1 - b1^t) = g and v / (1 - b2^t) = g^2, so that both updates have a closed form."""

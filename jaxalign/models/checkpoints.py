@@ -52,7 +52,7 @@ TOLD = {  # what the files beside tokenizer.json may say; transformers would als
 }
 
 
-def load(source: str, *, dtype: str = "float32", remat: str = "none", attention: str = "xla", scalar: float | None = None):
+def load(source: str, *, dtype: str = "float32", remat: str = "dots", attention: str = "xla", scalar: float | None = None):
     """A model and its weights. -> (its config, params: f32 NumPy arrays in the model's tree)
 
     Args:

@@ -78,7 +78,7 @@ class DecoderConfig:
     tied: bool = False  # the head is the embedding
     scalar: float | None = None  # std of a scalar head's first kernel (0 for a value head); None: no such head
     dtype: str = "float32"  # of activations and of the weights as they are used; parameters stay float32
-    remat: str = "none"  # what a layer's backward pass recomputes: REMAT
+    remat: str = "dots"  # what a layer's backward pass recomputes: REMAT
     attention: str = "xla"  # how it is computed: ATTENTION, as attention.attend has them
     adapter: Adapter | None = None  # what is trained instead of all; None: all
 

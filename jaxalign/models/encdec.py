@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.models.parts import (
     ACTIVATIONS,
@@ -61,7 +62,7 @@ class EncDecConfig:
     start: int = 0  # id of the token that decoding starts with
     scalar: float | None = None  # std of a scalar head's first kernel (0 for a value head); None: no such head
     dtype: str = "float32"  # of activations and of the weights as they are used; parameters stay float32
-    remat: str = "none"  # what a layer's backward pass recomputes: parts.REMAT
+    remat: str = "dots"  # what a layer's backward pass recomputes: parts.REMAT
     attention: str = "xla"  # how it is computed: no other way has a bias of distances
     adapter: Adapter | None = None  # what is trained instead of all, of kinds lora, ia3, last (of the decoder) and head; None: all
 
@@ -132,6 +133,7 @@ class Attention(nn.Module):
 
     def __call__(self, x, kv, mask, bias=None):
         out = jax.nn.dot_product_attention(self.q(x), kv["k"], kv["v"], bias=bias, mask=mask[:, None], scale=1.0)
+        out = checkpoint_name(out, "attention")
         return self.o(jnp.where(mask.any(-1)[:, :, None, None], out, 0))
 
 

@@ -23,12 +23,12 @@ ACTIVATIONS = {
     "gelu_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
 }
-REMAT = {
+
+KEPT = jax.checkpoint_policies.save_only_these_names("attention")
+REMAT = {  # what a layer's backward pass computes again
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": lambda primitive, *_, **how: (
-        primitive is _product or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *_, **how)
-    ),
+    "dots": lambda primitive, *args, **how: primitive is _product or KEPT(primitive, *args, **how),  # all but these two
+    "full": jax.checkpoint_policies.nothing_saveable,  # all
 }
 AT_INPUT = "mlp.down"  # where ia3 is at the input of a dense layer
 ADAPTERS = ("lora", "ia3", "prefix", "prompt", "last", "head")

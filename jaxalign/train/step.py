@@ -33,6 +33,7 @@ def make_step(
             {"policy/approx_kl": 0.1} ends the epochs on a rollout that the policy has moved away from.
         axis (of the step): mesh axis or axes to sum over, where every device runs its own copy (shard_map, pmap).
     """
+    tx = optax.with_extra_args_support(tx)
     gradient = jax.value_and_grad(lambda params, frozen, data: objective(join(frozen, params), data), has_aux=True)
     limits = {name: limit for name, limit in (hold_above or {}).items() if limit is not None}
 
@@ -55,8 +56,9 @@ def make_step(
         if axis is not None:
             grads, sums = jax.lax.psum((grads, sums), axis)
         weight = sums.pop("weight")
-        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (grads, sums))
-        norm = optax.tree.norm(grads)
+        share = 1 / jnp.maximum(weight, 1e-9)
+        metrics = jax.tree.map(lambda x: x * share, sums)
+        norm = optax.tree.norm(grads) * share
 
         sound = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm) & (weight > 0)
         if sigmas:
@@ -67,7 +69,8 @@ def make_step(
             free &= metrics[name] <= limit
 
         def update(params, opt):
-            updates, opt = tx.update(grads, opt, params)
+            # the mean is taken here, for what enters a conditional is written to memory
+            updates, opt = tx.update(jax.tree.map(lambda x: x * share, grads), opt, params, norm=norm)
             return optax.apply_updates(params, updates), opt
 
         apply = sound & free
