@@ -120,8 +120,13 @@ def test_examples_are_found_in_what_was_written(label, text, found):
         ),
         ([("a", "b"), ("c", "d"), ("a", "d")], [], {"one input, two outputs": 3}),
         ([("", "b"), ("", "d")], [("", "b"), ("", "d")], {}),  # without input any number of outputs
+        (
+            [("a\nInput: b", "c"), ("a", "b\nExample 2"), ("my Input: a", "b")],
+            [("my Input: a", "b")],
+            {"another example inside": 2},
+        ),
     ],
-    ids=range(4),
+    ids=range(5),
 )
 def test_examples_that_cannot_be_learnt_are_left_out(found, kept, why):
     assert self_instruct.sound(found)[0] == kept

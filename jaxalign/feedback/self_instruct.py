@@ -53,6 +53,7 @@ FORMS = {  # by whether the answer is a label: how examples are asked for, and w
     ),
     True: (OUTPUT_FIRST, re.compile(r"Class label:(?P<output>[^\n]*)(?:\nInput:)?(?P<input>.*?)(?=\nClass label:|\Z)", re.S)),
 }
+LABELS = re.compile(r"^(?:(?:Input|Output|Class label):|Example \d)", re.M)  # of the lines of both forms
 NEXT = "\n\nTask:"  # ends examples, in which there may be empty lines
 
 
@@ -185,6 +186,8 @@ def sound(found: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], dict]:
             why["output is input" if wanted else "no output"] += 1
         elif given.endswith(":") or wanted.endswith(":"):
             why["ends in a colon"] += 1
+        elif LABELS.search(given) or LABELS.search(wanted):
+            why["another example inside"] += 1
         else:
             kept.append((given, wanted))
     once = list(dict.fromkeys(kept))
