@@ -71,6 +71,8 @@ def test_a_summary_by_hand():
     assert found["micro"]["right_error"] == pytest.approx((2 * (2 / 3) ** 2) ** 0.5 / 6)
     assert found["macro"]["right"] == 0.75 and found["macro"]["count"] == 2
     assert found["macro"]["right_error"] == pytest.approx(0.125, rel=0.1)  # sqrt(0.25 / 4) / 2
+    alone = records.summary([{"task": task, "right": right} for task, right in [*rows, ("c", 1)]], ["right"])
+    assert alone["macro"]["right"] == pytest.approx(2.5 / 3) and np.isnan(alone["macro"]["right_error"])
 
 
 def test_a_difference_is_paired():

@@ -35,11 +35,13 @@ def ratio(x, counts) -> Estimate:
 
 
 def macro(x, clusters, *, seed: int, draws: int = 1000) -> Estimate:
-    """The mean over clusters of their means; the error is that of a bootstrap of the examples within each (Efron 1979)."""
+    """The mean over clusters of their means; the error is that of a bootstrap of the examples within each (Efron 1979), and NaN
+    where a cluster has but one, which says nothing of its own error."""
     parts = _apart(np.asarray(x, np.float64), clusters)
     random = np.random.Generator(np.random.Philox(seed))
     drawn = [part[random.integers(len(part), size=(draws, len(part)))].mean(1) for part in parts]
-    return Estimate(float(np.mean([part.mean() for part in parts])), float(np.mean(drawn, axis=0).std(ddof=1)))
+    error = float(np.mean(drawn, axis=0).std(ddof=1)) if min(map(len, parts)) > 1 else float("nan")
+    return Estimate(float(np.mean([part.mean() for part in parts])), error)
 
 
 def wilson(rate: float, count: int, *, z: float = 1.96) -> tuple[float, float]:
