@@ -12,6 +12,8 @@ decoder, learnt          1.00  0.95  1.00  1.00  1.00  1.00  1.00
 encoder-decoder, unseen  0.00  0.01  0.02  0.02  0.05  0.21  0.57      ± 0.10 or less
 encoder-decoder, learnt  1.00  1.00  1.00  1.00  0.93  0.68  0.78      of many tasks it has not learnt all in as many updates
 
+Which tasks they are matters: of seed 7 the decoder has 0.30 with 12, and 1.00 from 24 on.
+
 smollm2, seed 0, 10 min, ROUGE-L of 48 questions about unseen tasks: 0.23 ± 0.03 with none learnt, 0.32 ± 0.05 with five.
 """
 
