@@ -145,10 +145,8 @@ def run(config, workdir):
     )
     samples = results.pop("samples")
     log.write_json(workdir / "results.json", results)
-    with launch.replacing(workdir / "records.jsonl") as write:
-        for task in samples:
-            for record in _records(task, samples[task], loaded.digest):
-                write(record)
+    found = (record for task in samples for record in _records(task, samples[task], loaded.digest))
+    launch.write_rows(workdir / "records.jsonl", found)
     log.say(make_table(results) + (make_table(results, "groups") if "groups" in results else ""))
     if lm.cut:
         log.say(f"{lm.cut} of the requests now made were longer than the {lm.length} tokens of the model, and lost their start")
