@@ -33,25 +33,31 @@ def get_config(variant: str = "sentiment") -> ConfigDict:
         "count": 100,
         "read": "",  # choose among the words of the template; or write, and read: number, yes_no, letter, after ("the answer is")
     }
-    config.curve = {"shots": (0, 1, 2, 4, 8), "seeds": 2, "rankings": ("random", "balanced", "nearest")}
+    config.curve = {"shots": (0, 1, 2, 4, 8, 16), "seeds": 2, "rankings": ("random", "balanced", "nearest")}
     config.length = (
         1024  # most tokens of a prompt and its answer, 0: all the model was made for; demonstrations without room are dropped
     )
     config.written = 8  # most tokens of an answer that is written
     config.batch = 8
-    # models that are asked without demonstrations: made by the stages below, or any other; "" for none
-    config.beside = {"sft_source": "stage:sft", "grpo_source": "stage:grpo"}
-    config.stages = {"sft": supervised(), "grpo": reinforced()}
+    # models made by the stages below, or any other ("": none). shots: demonstrations before each row that they learn from and are
+    # asked, drawn at random; thought: a chain of thought comes before the answer
+    config.beside = {
+        "sft": {"source": "stage:sft", "shots": 0, "thought": False},
+        "grpo": {"source": "stage:grpo", "shots": 2, "thought": False},  # without them no sample earns anything
+        "sft_grpo": {"source": "stage:sft_grpo", "shots": 0, "thought": False},
+        "sft_thought": {"source": "", "shots": 0, "thought": True},
+    }
+    config.stages = {"sft": supervised(), "grpo": reinforced(), "sft_grpo": reinforced()}
     for stage in config.stages.values():
         follow(config, stage, "model")
-    config.stages.grpo.model.source = "stage:sft"  # without it SmolLM2 drew no answer that could be rewarded, in 48
+    config.stages.sft_grpo.model.source = "stage:sft"
     return VARIANTS[variant](config)
 
 
 def supervised():
-    """SFT on rows of the pool, which the run writes as prompts and answers."""
+    """SFT on rows of the pool, which the run writes as prompts and completions."""
     config = sft.get_config()
-    config.data.update(source="train.jsonl", count=0, held_out=32, prompt="{prompt}", completion="{answer}", length=128)
+    config.data.update(source="train.jsonl", count=0, held_out=32, prompt="{prompt}", completion="{completion}", length=128)
     config.optim.update(learning_rate=2e-5, warmup=5, b2=0.95)
     config.run.update(steps=60, batch=4)
     config.loop = {**config.loop.to_dict(), "keep": 1}
@@ -59,18 +65,18 @@ def supervised():
 
 
 def reinforced():
-    """GRPO on the same, after SFT; a right answer is worth 1."""
+    """GRPO on the same; a right answer is worth 1."""
     config = grpo.get_config()
     del config.stages, config.reward_model
-    config.environment.update(name="exact", length=128)
-    config.prompts.update(source="train.jsonl", count=0, template="{prompt}", length=128)
+    config.environment.update(name="exact", length=256)
+    config.prompts.update(source="train.jsonl", count=0, template="{prompt}", length=256)
     config.sample.length = 3
     config.gold.lexicon = ""
     config.objective.kl_weight = 0.0
     config.optim.update(learning_rate=1e-5, decay="constant")
-    config.run.update(iterations=8, batch=8, group=4, epochs=1, minibatches=1)
-    config.loop.update(save_every=8, keep=1)
-    config.evaluate.update(prompts=8, every=0)
+    config.run.update(iterations=30, batch=64, group=8, epochs=1, minibatches=1)
+    config.loop.update(save_every=10, keep=1)
+    config.evaluate.update(prompts=32, every=0)
     return config
 
 
@@ -81,11 +87,16 @@ def sentiment(config):
 
 def reasoned(config, template, pool, rows, read):
     config.task.update(template=f"configs/prompts/{template}.json", pool=pool, rows=rows, read=read)
-    config.curve.update(shots=(0, 1, 2, 4), seeds=1, rankings=("random",))
-    config.written = 128
-    config.stages.sft.data.length = config.stages.grpo.prompts.length = 256
-    config.stages.grpo.environment.length = 256
-    config.stages.grpo.sample.length = 8
+    config.curve.update(shots=(0, 1, 2, 4, 8), seeds=1, rankings=("random",))
+    config.length, config.written = 0, 128
+    config.beside.sft_thought.source = "stage:sft_thought"
+    config.stages.sft_thought = supervised()
+    follow(config, config.stages.sft_thought, "model")
+    for stage in (config.stages.sft, config.stages.sft_thought):
+        stage.data.length = 512
+    for stage in (config.stages.grpo, config.stages.sft_grpo):
+        stage.environment.length = stage.prompts.length = 512
+        stage.sample.length = 8
     return config
 
 
@@ -96,7 +107,7 @@ def strategyqa(config):
 
 
 def gsm8k(config):
-    """What is trained on is the result alone."""
+    """Numbers."""
     folder = "../shared/data/reasoning"
     return reasoned(config, "steps", f"{folder}/gsm8k_train.jsonl.gz", f"{folder}/gsm8k_dev.jsonl", "number")
 
@@ -106,12 +117,13 @@ def tiny(config):
     config.model.source = "../shared/data/models/stories260k"
     config.task.update(pool_count=40, count=6)
     config.curve.update(shots=(0, 1), seeds=2, rankings=("random", "nearest"))
+    config.beside.grpo.shots = 1
     config.length = 320
     config.stages.sft.data.update(held_out=4, length=96)
     config.stages.sft.run.update(steps=2)
-    config.stages.grpo.environment.length = config.stages.grpo.prompts.length = 96
-    config.stages.grpo.run.update(iterations=1)
-    config.stages.grpo.evaluate.prompts = 4
+    for stage in (config.stages.grpo, config.stages.sft_grpo):
+        stage.run.update(iterations=1, batch=8, group=4)
+        stage.evaluate.prompts = 4
     return config
 
 

@@ -1,10 +1,10 @@
 """Prompt it, or fine-tune it: python -m experiments.prompt --config=configs/prompt.py
 
 How often a model is right against k, the demonstrations in its prompt: chosen at random, balanced or nearest, plain and
-calibrated, without and with chains of thought ("Let's think step by step." where k = 0). Beside that the same model without
-demonstrations, once SFT or GRPO has trained it on rows of the same pool. All are asked the same rows, in the same words. Leaves
-report.html and what it is made of (experiments/study.py), and records.jsonl, a line for each row and each way to ask; what is
-there is not asked again.
+calibrated, without and with chains of thought ("Let's think step by step." where k = 0). Beside that the same model once SFT or
+GRPO has trained it on rows of the same pool, asked as it was trained: behind no demonstrations or some, to answer at once or
+behind a chain of thought. All are asked the same rows, in the same words. Leaves report.html and what it is made of
+(experiments/study.py), and records.jsonl, a line for each row and each way to ask; what is there is not asked again.
 """
 
 from dataclasses import replace
@@ -193,16 +193,34 @@ def accuracy(found: list[dict], name: str = "right") -> statistics.Estimate:
     return statistics.clustered([record[name] for record in found], [record["id"] for record in found])
 
 
-def write_rows(path, task: Task):
-    """The pool as SFT and RL learn from it: {"prompt", "answer"}, in the words in which rows are asked without demonstrations."""
-    with launch.replacing(path) as write:
-        for row in task.pool:
-            prompt = templates.render(task.direct, row)
-            write({"prompt": prompt.text, "answer": templates.target(task.direct, row) + prompt.after})
+class Pupil(NamedTuple):
+    """A model that is asked as it was trained."""
+
+    source: str
+    shots: int  # demonstrations before a row, drawn at random
+    thought: bool  # a chain of thought comes before the answer
+
+    def template(self, task: Task) -> templates.Template:
+        return task.template if self.thought else task.direct
+
+    def prompts(self, ask: Asker, task: Task, rows, *, seed: int, anew: bool):
+        """Args: anew: demonstrations are drawn for each row; else once, for all."""
+        ranked = demonstrations.by_name("random", task.direct, rows, task.pool, seed=seed, anew=anew)
+        return ask.prompts(task, self.template(task), rows, ranked, k=self.shots)
 
 
-def findings(summary: dict) -> list[str]:
-    """What the numbers say, in sentences: {"way/k" or "SFT", ..., and the same with _error}."""
+def write_rows(path, task: Task, template, prompts):
+    """What SFT and RL learn from: {"prompt", "completion", "answer"} of each row of the pool. An answer has no chain of thought."""
+
+    def learnt(row, prompt):
+        completion, answer = (templates.target(each, row) + prompt.after for each in (template, task.direct))
+        return {"prompt": prompt.text, "completion": completion, "answer": answer}
+
+    launch.write_rows(path, map(learnt, task.pool, prompts))
+
+
+def findings(summary: dict, trained: dict) -> list[str]:
+    """What the numbers say, in sentences. Args: summary: {"way/k" or a name, ..., and the same with _error}; trained: {name: k}."""
 
     def told(name):
         return f"{summary[name]:.2f} ± {summary[f'{name}_error']:.2f}"
@@ -212,12 +230,11 @@ def findings(summary: dict) -> list[str]:
     way, _, k = best.rpartition("/")
     said = [f"Of {len(prompted)} ways to prompt the best one here is {way} with {k} demonstrations: {told(best)} of rows right."]
     said.append("It was chosen by the same rows, so on others it is likely to be worse.")
-    for name in ("SFT", "GRPO"):
-        if name in summary:
-            apart = 2 * float(np.hypot(summary[f"{name}_error"], summary[f"{best}_error"]))
-            better = summary[name] - summary[best]
-            than = "as much as" if abs(better) <= apart else "more than" if better > 0 else "less than"
-            said.append(f"{name}, asked without demonstrations, has {told(name)}, {than} the best prompt (two errors decide).")
+    for name, k in trained.items():
+        apart = 2 * float(np.hypot(summary[f"{name}_error"], summary[f"{best}_error"]))
+        better = summary[name] - summary[best]
+        than = "as much as" if abs(better) <= apart else "more than" if better > 0 else "less than"
+        said.append(f"{name}, asked behind {k} demonstrations, has {told(name)}, {than} the best prompt (two errors decide).")
     return said
 
 
@@ -228,29 +245,32 @@ def run(config, workdir):
     load = partial(common.load, settings=config.model, mesh=mesh, seed=config.seed)
     asked = partial(asker, mesh=mesh, path=workdir / "records.jsonl", **settings)
     drawn, summary = {}, {}
-    for way, by_k in curves(asked(load(config.model.source)), task, **config.curve).items():
+    ask = asked(load(config.model.source))
+    for way, by_k in curves(ask, task, **config.curve).items():
         for name, shown in (("right", way), ("calibrated", f"{way}, calibrated")):
             for k, found in by_k.items() if all(name in each[0] for each in by_k.values()) else ():
                 value, error = accuracy(found, name)
                 drawn.setdefault(shown, []).append([k, value, error])
                 summary |= {f"{shown}/{k}": value, f"{shown}/{k}_error": error}
                 log.say(f"{shown}, k = {k}: {value:.3f} ± {error:.3f}")
-    write_rows(workdir / "train.jsonl", task)
-    for source in (config.stages.sft.data, config.stages.grpo.prompts):
-        source.source = str(workdir / "train.jsonl")
-    runs = {"sft": sft.run, "grpo": partial(ppo.run, algorithm=grpo.of_groups(online.grpo))}
+    beside = {name: Pupil(**each) for name, each in config.beside.items() if each.source}
+    for name, pupil in beside.items():
+        path = workdir / f"train_{name}.jsonl"
+        write_rows(path, task, pupil.template(task), pupil.prompts(ask, task, task.pool, seed=config.seed, anew=True))
+        if stage := config.stages.get(pupil.source.removeprefix("stage:")):
+            (stage.data if "data" in stage else stage.prompts).source = str(path)
+    del ask  # and its parameters, before stages make others
+    reinforced = partial(ppo.run, algorithm=grpo.of_groups(online.grpo))
+    runs = {"sft": sft.run, "sft_thought": sft.run, "grpo": reinforced, "sft_grpo": reinforced}
     stages, ks = launch.Stages(workdir, config.stages, runs), sorted(config.curve.shots)
-    for name, source in (("SFT", config.beside.sft_source), ("GRPO", config.beside.grpo_source)):
-        if source:
-            tuned = asked(load(stages.path(source)))
-            prompts = tuned.prompts(task, task.direct, task.rows, demonstrations.in_order, k=0)
-            found = tuned.ask(name, task, prompts)
-            value, error = accuracy(found)
-            drawn[name] = [[ks[0], value, error], [ks[-1], value, error]]
-            summary |= {name: value, f"{name}_error": error}
-            log.say(f"{name}, no shots: {value:.3f} ± {error:.3f}")
+    for name, pupil in beside.items():
+        tuned = asked(load(stages.path(pupil.source)))
+        value, error = accuracy(tuned.ask(name, task, pupil.prompts(tuned, task, task.rows, seed=0, anew=False)))
+        drawn[f"{name}, behind {pupil.shots}"] = [[ks[0], value, error], [ks[-1], value, error]]
+        summary |= {name: value, f"{name}_error": error}
+        log.say(f"{name}, behind {pupil.shots} shots: {value:.3f} ± {error:.3f}")
     figure = {"Share of held-out rows that are answered rightly": {"x": "demonstrations", "curves": drawn}}
-    study.leave(workdir, config, summary, figure, findings(summary))
+    study.leave(workdir, config, summary, figure, findings(summary, {name: pupil.shots for name, pupil in beside.items()}))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,9 @@ def run(config, workdir):
 
     found = {"first": asked("held out", first, task.rows), "best": asked("held out", best, task.rows)}
     if config.beside.soft_source:
-        write_rows(workdir / "train.jsonl", instructed(""))
+        bare = instructed("")
+        prompts = ask.prompts(bare, bare.direct, bare.pool, demonstrations.in_order, k=0)
+        write_rows(workdir / "train.jsonl", bare, bare.direct, prompts)
         config.stages.sft.data.source = str(workdir / "train.jsonl")
         config.stages.sft.adapter.length = len(ask.loaded.tokenizer(best, add_special_tokens=False)["input_ids"])
         source = launch.Stages(workdir, config.stages, {"sft": sft.run}).path(config.beside.soft_source)

@@ -166,7 +166,12 @@ RULES = {
         "a tuple of random, balanced, nearest",
     ),
     "written": COUNT,
-    **{f"beside.{made}_source": TEXT for made in ("sft", "grpo", "soft", "seeds", "own")},
+    **{f"beside.{made}_source": TEXT for made in ("soft", "seeds", "own")},
+    **{
+        f"beside.{made}.{key}": rule
+        for made in ("sft", "grpo", "sft_grpo", "sft_thought")
+        for key, rule in {"source": TEXT, "shots": ANY_COUNT, "thought": FLAG}.items()
+    },
     **{f"search.{size}": COUNT for size in ("induced", "shown", "rephrased", "length", "dev", "rounds", "budget")},
     "search.temperature": NOT_NEGATIVE,
     **dict.fromkeys(("grow.rounds", "grow.requests", "grow.human", "grow.count", "examples.shots", "examples.most"), COUNT),

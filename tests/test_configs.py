@@ -80,7 +80,12 @@ EARNED = (*GIVEN, "earned")
 SPLATTED = {
     "sample": {**MESH, **SAMPLE},
     "harness": MESH,
-    "prompt": {**MESH, **ASKED, "curve": (prompt.curves, ("ask", "task"))},
+    "prompt": {
+        **MESH,
+        **ASKED,
+        "curve": (prompt.curves, ("ask", "task")),
+        **{f"beside.{name}": (prompt.Pupil, ()) for name in ("sft", "grpo", "sft_grpo", "sft_thought")},
+    },
     "prompt_search": {**MESH, **ASKED},
     "evaluate": {**MESH, **SAMPLE},
     "judge": {**MESH, "pairs": (judge.pairs, ("ours", "theirs"))},
@@ -115,6 +120,7 @@ SPLATTED |= {
     "reinforce": {**SAMPLED, "objective": (online.reinforce, ("params", "data", "model", "temperature"))},
     "online_dpo": {**SAMPLED, "objective": (preference_objectives.dpo, ("params", "data", "model"))},
     "ppo_ptx": SPLATTED["ppo"],
+    "sft_grpo": {**OF_GROUPS, "objective": (online.grpo, ("params", "data", "model", "temperature"))},
     "classify": {
         **MESH,
         **TRAINING,
@@ -134,7 +140,7 @@ SPLATTED |= {
     "instruct": {**MESH, "course": (instruct.courses, ("numbers", "seed"))},
     **dict.fromkeys(("decoder", "encoder_decoder"), SPLATTED["sft"]),
     "self_improve": {**MESH, "task": (self_improve.task_of, ("seed",))},
-    **dict.fromkeys(("student", "seeds", "own", "writer", "base"), SPLATTED["sft"]),
+    **dict.fromkeys(("student", "seeds", "own", "writer", "base", "sft_thought"), SPLATTED["sft"]),
     **dict.fromkeys(("constitutional", "critique", "label"), {**MESH, **SAMPLE, **CONSTITUTION}),
     "environment": {**OF_GROUPS, "objective": (online.grpo, ("params", "data", "model", "temperature"))},
 }

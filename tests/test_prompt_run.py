@@ -40,10 +40,11 @@ def stories(shared):
 
 
 def test_words_about_prompts_follow_the_numbers():
-    summary = {"random/0": 0.5, "nearest, calibrated/4": 0.7, "SFT": 0.9, "GRPO": 0.75}
-    best, _, tuned, close = prompt.findings(summary | {f"{name}_error": 0.05 for name in summary})
+    summary = {"random/0": 0.5, "nearest, calibrated/4": 0.7, "sft": 0.9, "grpo": 0.75}
+    best, _, tuned, close = prompt.findings(summary | {f"{name}_error": 0.05 for name in summary}, {"sft": 0, "grpo": 2})
     assert "nearest, calibrated with 4 demonstrations: 0.70 ± 0.05" in best
-    assert "0.90 ± 0.05, more than" in tuned and "0.75 ± 0.05, as much as" in close
+    assert "sft, asked behind 0 demonstrations, has 0.90 ± 0.05, more than" in tuned
+    assert "grpo, asked behind 2 demonstrations, has 0.75 ± 0.05, as much as" in close
 
 
 def test_a_curve_and_what_training_makes_of_the_model(shared, stories, tmp_path):
@@ -53,17 +54,23 @@ def test_a_curve_and_what_training_makes_of_the_model(shared, stories, tmp_path)
     lines = sorted(lines, key=lambda line: line["id"])
     ways = {line["task"]: [other for other in lines if other["task"] == line["task"]] for line in lines}
     shots = [f"{way}, 1 shots, seed {seed}" for way, seed in (("random", 0), ("random", 1), ("nearest", 0))]
-    assert ways.keys() == {"no shots", *shots, "SFT", "GRPO"} and {len(each) for each in ways.values()} == {6}
+    assert ways.keys() == {"no shots", *shots, "sft", "grpo", "sft_grpo"} and {len(each) for each in ways.values()} == {6}
     assert len({tuple(line["target"] for line in each) for each in ways.values()}) == 1  # the same rows
-    assert ways["SFT"][0]["model"] != ways["no shots"][0]["model"] and ways["SFT"][0]["asked"] == ways["no shots"][0]["asked"]
+    of = {name: ways[name][0]["model"] for name in ("no shots", "sft", "grpo", "sft_grpo")}
+    assert of["grpo"] == of["no shots"] != of["sft"] == of["sft_grpo"]  # so small a model draws nothing that is rewarded
+    assert ways["sft"][0]["asked"] == ways["no shots"][0]["asked"] and {line["shots"] for line in ways["grpo"]} == {1}
     both = ways[shots[0]] + ways[shots[1]]
     assert summary["random/1"] == np.mean([line["right"] for line in both])
     assert summary["random, calibrated/1"] == np.mean([line["calibrated"] for line in both])
     assert {line["asked"].count("Opinion:") for line in both} == {2} and "nearest, calibrated/1" not in summary
-    trained = {line["prompt"] + line["answer"] for line in log.read_lines(tmp_path / "train.jsonl")}
-    assert len(trained) == 40 and not any(line["asked"] + line["target"] in trained for line in ways["no shots"])
+    for name, shown in (("sft", 1), ("grpo", 2)):
+        trained = log.read_lines(tmp_path / f"train_{name}.jsonl")
+        assert len(trained) == 40 and {line["prompt"].count("Opinion:") for line in trained} == {shown}
+        questions = {line["prompt"].rpartition("Sentence: ")[2] for line in trained}
+        assert len(questions) == 40 and not any(line["asked"].rpartition("Sentence: ")[2] in questions for line in ways["no shots"])
+        assert all(line["prompt"].count(line["prompt"].rpartition("Sentence: ")[2]) == 1 for line in trained)  # not its own shot
     page = (tmp_path / "report.html").read_text()
-    assert "answered rightly" in page and all(name in page for name in ("random", "calibrated", "SFT", "GRPO"))
+    assert "answered rightly" in page and all(name in page for name in ("random", "calibrated", "sft, behind 0", "grpo, behind 1"))
 
     task = prompt.task_of(**config.task, seed=0)
     ask = prompt.asker(stories, shard.make_mesh(), tmp_path / "other.jsonl", seed=0, batch=8, length=320, written=8)
@@ -102,6 +109,12 @@ def test_answers_that_are_written_with_and_without_a_chain_of_thought(shared, st
     behind = [line["wrote"].partition("(Yes or No) is")[2] for line in first]
     assert [line["said"] for line in first] == [prompt.extract.yes_no(text) for text in behind]
     assert all(line["right"] == (line["said"] == line["target"]) for line in plain + thought)
+
+    prompts = ask.prompts(task, task.template, task.pool, prompt.demonstrations.in_order, k=0)
+    prompt.write_rows(tmp_path / "rows.jsonl", task, task.template, prompts)
+    for row, line in zip(task.pool, log.read_lines(tmp_path / "rows.jsonl"), strict=True):
+        assert line["completion"] == f" {row['rationale']}\nSo the answer is {row['answer']}."
+        assert line["answer"] == f" {row['answer']}." and row["rationale"] not in line["prompt"]
 
 
 def test_halving_keeps_the_better_half_within_its_budget():
