@@ -7,7 +7,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from experiments import benchmark
+from experiments import benchmark, workloads
 
 
 @pytest.mark.parametrize(
@@ -15,9 +15,9 @@ from experiments import benchmark
 )
 def test_work_is_counted_as_for_the_peers(shape, gflop):
     tasks = ("sft", "rm", "dpo", "gen", "ppo", "grpo")
-    assert [benchmark.flops_of(task, shape) / 1e9 for task in tasks] == pytest.approx(gflop, rel=3e-4)
+    assert [workloads.flops_of(task, shape) / 1e9 for task in tasks] == pytest.approx(gflop, rel=3e-4)
     tokens = {"S": [2048, 2048, 2048, 512, 4096, 4096], "M": [512, 512, 512, 128, 1024, 4096]}[shape]
-    assert [benchmark.tokens_of(task, shape) for task in tasks] == tokens
+    assert [workloads.tokens_of(task, shape) for task in tasks] == tokens
 
 
 def test_an_iteration_is_measured_after_all_is_compiled(monkeypatch):
