@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.models.attention_blocks import EVERY, blocks, soft_cap, visible
+from jaxalign.models.attention_blocks import ATTENDED, EVERY, blocks, soft_cap, visible
 from jaxalign.shard import ROWS, auto_mesh
 
 ATTENTION = ("xla", "blocks", "cudnn", "splash", "ring")  # implementations of `attend`
@@ -100,7 +100,7 @@ def attend(
     else:
         ring = "sequence" if implementation == "ring" and own_keys else None
         out = _on_devices(partial(blocks, **how), q, k, v, q_at, k_at, window, ring)
-    return checkpoint_name(jnp.where((q_segments > 0)[:, :, None, None], out, 0), "attention")
+    return checkpoint_name(jnp.where((q_segments > 0)[:, :, None, None], out, 0), ATTENDED)
 
 
 def _xla(q, k, v, mask, *, scale, cap):
@@ -144,7 +144,7 @@ def _splash(q, k, v, q_at, k_at, window, *, scale, cap, windows):
             splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
             attn_logits_soft_cap=cap,
-            residual_checkpoint_name="attention",
+            residual_checkpoint_name=ATTENDED,
             interpret=interpret,
         )
         return jax.vmap(lambda q, k, v, segments: kernel(q, k, v, splash.SegmentIds(segments, segments)))

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 BLOCK = 128  # queries, and keys
 EVERY = -1  # the segment of keys that every document sees
 LOW = -1e30  # below every score, and finite
+ATTENDED = "attention"  # the name of what it gives, for `remat`, which keeps it
 
 
 def soft_cap(x, cap: float | None):
@@ -117,7 +118,7 @@ def _attend(scale, cap, ring, q, k, v, where):
 def _tangent(scale, cap, ring, primals, tangents):
     """dout = sum_s p_s (dv_s + (ds_s - mean ds) v_s), mean ds = sum_s p_s ds_s: the softmax's rule, block by block."""
     (q, k, v, where), (dq, dk, dv, _) = primals, tangents
-    out, log_total = checkpoint_name(_attend(scale, cap, ring, q, k, v, where), "attention")
+    out, log_total = checkpoint_name(_attend(scale, cap, ring, q, k, v, where), ATTENDED)
 
     def one(state, query, key, seen):
         (q, log_total, dq), (k, v, dk, dv) = query, key

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxalign.models.attention_blocks import ATTENDED
 from jaxalign.models.parts import (
     ACTIVATIONS,
     REMAT,
@@ -133,7 +134,7 @@ class Attention(nn.Module):
 
     def __call__(self, x, kv, mask, bias=None):
         out = jax.nn.dot_product_attention(self.q(x), kv["k"], kv["v"], bias=bias, mask=mask[:, None], scale=1.0)
-        out = checkpoint_name(out, "attention")
+        out = checkpoint_name(out, ATTENDED)
         return self.o(jnp.where(mask.any(-1)[:, :, None, None], out, 0))
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jaxalign.models.attention_blocks import ATTENDED
 from jaxalign.shard import declared
 
 ACTIVATIONS = {
@@ -24,7 +25,7 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
-KEPT = jax.checkpoint_policies.save_only_these_names("attention")
+KEPT = jax.checkpoint_policies.save_only_these_names(ATTENDED)
 REMAT = {  # what a layer's backward pass computes again
     "none": None,
     "dots": lambda primitive, *args, **how: primitive is _product or KEPT(primitive, *args, **how),  # all but these two
