@@ -126,7 +126,7 @@ def asker(config, task, requests: list[Request], keyed, document, loaded, mesh, 
 
     def in_two_stages(params, numbers, until):
         def stage(prompts, which):
-            return write(params, keyed(numbers, which), [document(prompt) for prompt in prompts], ("\n",) if which else until)
+            return write(params, keyed(numbers, which), [document(prompt) for prompt in prompts], until)
 
         said = reasoning.zero_shot([requests[n].prompt for n in numbers], stage, task.therefore)
         return [(answer, thought.text) for answer, thought in said]

@@ -124,17 +124,17 @@ class Asker(NamedTuple):
             wrote = f"{thought}\n{therefore}{last.text}" if thinks else last.text
             return told[n] | {"wrote": wrote, "said": said, "target": answer, "right": float(said == answer)}
 
-        def answered(numbers, asked, stage=0, tell=None):
-            until = "\n" if stage else task.template.separator
+        def answered(numbers, asked, tell=None):
+            until = () if thinks else (task.template.separator,)  # nobody showed it how to end
             documents = [self.document(prompt) for prompt in asked]
-            return self.generate(self.loaded.params, keys.of_rows(self.key, numbers), documents, (until,), tell)
+            return self.generate(self.loaded.params, keys.of_rows(self.key, numbers), documents, until, tell)
 
         def write(numbers, tell):
             if not thinks:
                 answered(numbers, [prompts[n] for n in numbers], tell=lambda k, written: tell(k, (written, "")))
             for first in range(0, len(numbers), CHUNK) if thinks else ():
                 part = numbers[first : first + CHUNK]
-                found = reasoning.zero_shot([prompts[n] for n in part], partial(answered, part), therefore)
+                found = reasoning.zero_shot([prompts[n] for n in part], lambda asked, _, ns=part: answered(ns, asked), therefore)
                 for k, (last, thought) in enumerate(found):
                     tell(first + k, (last, thought.text))
 

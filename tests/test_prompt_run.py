@@ -107,6 +107,7 @@ def test_answers_that_are_written_with_and_without_a_chain_of_thought(shared, st
     assert all("So the answer is" in line["asked"] for line in thought) and not any("So the" in line["asked"] for line in plain)
     assert all(line["wrote"].count("\nTherefore, the answer (Yes or No) is") == 1 for line in first)
     behind = [line["wrote"].partition("(Yes or No) is")[2] for line in first]
+    assert all(text.strip() for line in first for text in line["wrote"].split("\nTherefore, the answer (Yes or No) is"))
     assert [line["said"] for line in first] == [prompt.extract.yes_no(text) for text in behind]
     assert all(line["right"] == (line["said"] == line["target"]) for line in plain + thought)
 

@@ -220,6 +220,7 @@ TASKS = {
     "gsm8k": _GSM8K,
     # Kojima et al. 2022: no demonstrations, and two stages
     "gsm8k_zero_shot": _GSM8K._replace(
+        until=lambda row: ("\nQuestion:",),  # a chain of thought may have empty lines, and begin with one
         therefore=THEREFORE["number"],
         judge=judges.voted(lambda text: extract.number(f"#### {text}"), lambda row: row["final"]),  # the first number
     ),
