@@ -4,6 +4,9 @@ python -m experiments.evaluate --config=configs/evaluate.py:mmlu --config.model.
 python -m experiments.sft --config=configs/sft.py:instructions --config.evaluate.every=20 \\
     --config.evaluate.tasks=sentiment --config.evaluate.count=100          the same while it trains
 
+Files as their authors publish them are read, too: MMLU's folders of .csv; those of BBH, bbh and cot-prompts; SQuAD's JSON, which is
+both data.source and data.beside; a task.json of BIG-bench, or a folder of them.
+
 As they stand but for data.count, SmolLM2-135M-Instruct on two cores beside much other work, in CPU time:
 sentiment    200 sentences, 4 demonstrations: accuracy 0.725 ± 0.032, ECE 0.065 ± 0.024                            75 s
 mmlu         100 questions of 45 subjects, 5 demonstrations: micro 0.220 ± 0.041, macro 0.226 ± 0.028, so chance   360 s

@@ -53,8 +53,8 @@ def rows_of(task, source: str, count: int, beside: str) -> list[dict]:
     if bool(beside) != bool(task.others):
         told = f"a file of {', '.join(task.others)}" if task.others else "no other file, so it is ''"
         raise ValueError(f"data.beside = {beside!r}: beside its rows this task reads {told}")
-    rows = task.read(source) if task.read else common.read_rows(source, 0, seed=0)
-    others = common.read_rows(beside, 0, seed=0) if beside else []
+    rows = task.read(source) or common.read_rows(source, 0, seed=0)
+    others = (task.read_others(beside) or common.read_rows(beside, 0, seed=0)) if beside else []
     for found, columns, name in ((rows, task.columns, source), (others, task.others, beside)):
         sources.require(found, columns, name)
     rows = [row | {"id": row.get("id", number)} for number, row in enumerate(rows)]
@@ -73,7 +73,8 @@ def prompts_of(task, form, groups, pool, size, *, shots, rank, best_last, length
     """
     owners, rows = zip(*((n, row) for n, group in enumerate(groups) for row in group))
     if not shots:
-        return template.each(partial(template.render, form), rows)
+        asked = template.each(lambda group: [template.render(form, row) for row in group], groups)
+        return [prompt for group in asked for prompt in group]
     firsts = [group[0] for group in groups]
     ranking = demonstrations.by_name(rank, form, firsts, pool, seed=seed)
     ranking = demonstrations.alike([*map(task.alike, firsts)], [*map(task.alike, pool)], ranking)
@@ -110,7 +111,10 @@ def examples_of(config, task, document, length: int, count: int) -> list[Example
     writes = any(x is not None for x in until)
     room = {"length": length, "answer": config.sample.length} if writes else {"length": length + 1, "answer": max(sizes, default=0)}
     settings = {"shots": config.shots or 0, "rank": config.rank, "best_last": config.best_last, "seed": config.seed}
-    prompts = iter(prompts_of(task, form, groups, pool, size, **settings, **room))
+    try:
+        prompts = iter(prompts_of(task, form, groups, pool, size, **settings, **room))
+    except ValueError as error:
+        raise ValueError(f"{' or '.join(filter(None, (data.source, data.pool)))}: {error}") from error
     return [Example(group[0], [next(prompts) for _ in group], *how) for group, *how in zip(groups, offered, until, strict=True)]
 
 

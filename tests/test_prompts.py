@@ -190,8 +190,10 @@ def shown(ranking, rows=ROWS, pool=ROWS, **settings):
 
 def test_a_question_is_never_shown_its_own_answer():
     assert shown(in_order, k=2)[:3] == [["1+1", "2+2"], ["0+0", "2+2"], ["0+0", "1+1"]]
-    with pytest.raises(ValueError, match="row 0: 5 others to show, where k = 6"):
-        shown(in_order, k=6)
+    (prompt,) = few_shot(SUMS, ROWS[:1], ROWS, in_order, k=len(ROWS))
+    assert (prompt.shots, prompt.dropped) == (len(ROWS) - 1, 1)
+    with pytest.raises(ValueError, match="row 0: 5 others to show, where k = 7"):
+        shown(in_order, k=7)
     with pytest.raises(ValueError, match="row of the pool 1: '{answer}' of the template is not a column; the columns are: x, why"):
         shown(in_order, pool=[ROWS[0], {"x": "", "why": ""}], k=1)
 

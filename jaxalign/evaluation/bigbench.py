@@ -19,7 +19,10 @@ UP_TO_A_STOP = r"[^\.\?\!\;\n]+"  # what is read of an answer where the file say
 
 
 def read(source: str) -> list[dict]:
-    """The rows of a task.json, or of all .json files in a folder. ValueError, naming the file, for what is none."""
+    """The rows of a task.json, of those in the folders beside one that has no examples, or of all .json files in a folder.
+
+    Raises ValueError, naming the file, for what is none.
+    """
     path = Path(source)
     if path.is_dir():
         files = sorted(path.glob("*.json")) or sorted(path.glob("*/task.json"))
@@ -27,11 +30,14 @@ def read(source: str) -> list[dict]:
             raise ValueError(f"{path}: no .json files, and no folders with a task.json")
         return [row for file in files for row in read(str(file))]
     said = read_json(path)
+    if "examples" not in said and (parts := sorted(path.parent.glob("*/task.json"))):
+        return [row for file in parts for row in read(str(file))]
     examples, metrics = said.get("examples"), said.get("metrics")
-    if not isinstance(examples, list) or not isinstance(metrics, list) or not {*METRICS} & {*metrics}:
+    if not isinstance(examples, list) or not examples or not isinstance(metrics, list) or not {*METRICS} & {*metrics}:
         raise ValueError(f"{path}: a task of BIG-bench has 'examples', and 'metrics' among {', '.join(METRICS)}: {names(said)}")
     try:
-        re.compile(said.get("output_regex") or "")
+        if re.compile(said.get("output_regex") or "").groups > 1:
+            raise ValueError("'output_regex' has more than one group: write (?:...)")
         unique = list({json.dumps(example): example for example in examples}.values())  # a file may say one twice
         return each(lambda example: _row(said, {*metrics}, example, path), unique, "example")
     except (ValueError, re.error) as error:
@@ -41,7 +47,7 @@ def read(source: str) -> list[dict]:
 def exact_str_match(row: dict, written: str) -> float:
     """Whether what is written, up to the stop string and as the expression reads it, is a target."""
     found = re.search(row["regex"], written) if row["regex"] else None
-    return float((found[0] if found else "" if row["regex"] else written).strip() in row["targets"])
+    return float(((found[found.re.groups] or "") if found else "" if row["regex"] else written).strip() in row["targets"])
 
 
 def _row(said: dict, metrics: set, example: dict, path: Path) -> dict:
@@ -53,6 +59,8 @@ def _row(said: dict, metrics: set, example: dict, path: Path) -> dict:
     if targets is None and scores:
         targets = [choice for choice in scores if scores[choice] == max(scores.values())]
     targets = [targets] if isinstance(targets, str) else targets
+    if not scores and METRICS[1] not in metrics:
+        raise ValueError(f"there are no 'target_scores', which {METRICS[0]} wants")
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"'target' is {brief(targets)}, no text or list of texts, and there are no 'target_scores'")
     asked = said.get("example_input_prefix", "\nQ: ") + example["input"]
@@ -70,6 +78,6 @@ def _row(said: dict, metrics: set, example: dict, path: Path) -> dict:
         "answers": [space + choice for choice in scores] if scores and METRICS[0] in metrics else [],
         "scores": list(scores.values()) if scores else [],
         "targets": [target.strip() for target in targets] if METRICS[1] in metrics else [],
-        "stop": stop or "\n",
+        "stop": stop or "",
         "regex": expression or ("" if stop else UP_TO_A_STOP),
     }

@@ -79,7 +79,7 @@ def squad(row, said, written):
 
 def generated(row, said, written):
     text = written[0].strip()
-    found = {"answer": text, "target": row["references"], "exact_match": metrics.exact_match(text, row["references"])}
+    found = {"answer": text, "target": row["references"], "exact_match": metrics.same_words(text, row["references"])}
     return found | {"rouge_l": 100 * rouge_l(text, row["references"], stem=True)}
 
 
@@ -110,7 +110,7 @@ def of_bigbench(row, said, written):
         best, _ = answers.search(_summed(said))
         found = {"answer": row["answers"][best].strip(), "multiple_choice_grade": float(row["scores"][best])}
     if row["targets"]:
-        found |= {"written": written[0], "exact_str_match": bigbench.exact_str_match(row, written[0])}
+        found |= {"exact_str_match": bigbench.exact_str_match(row, written[0])}
     return found
 
 
@@ -153,7 +153,8 @@ def thresholds(records) -> dict:
     sure, impossible = ([record[name] for record in records] for name in ("no_answer", "impossible"))
     found = {}
     for name in ("exact_match", "f1"):
-        value, at = metrics.best_threshold([record[name] for record in records], sure, impossible)
+        scores = [0.0 if record["impossible"] and record["answer"] else record[name] for record in records]
+        value, at = metrics.best_threshold(scores, sure, impossible)
         found |= {f"best_{name}": Estimate(value, float("nan")), f"best_{name}_threshold": Estimate(at, float("nan"))}
     return found
 

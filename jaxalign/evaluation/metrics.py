@@ -26,18 +26,29 @@ def normalised(text: str) -> str:
 
 def exact_match(prediction: str, references) -> float:
     """Whether it is any reference, both `normalised`. No reference: it should be empty."""
-    return float(normalised(prediction) in map(normalised, references or [""]))
+    return float(normalised(prediction) in _gold(references))
+
+
+def same_words(prediction: str, references) -> float:
+    """Whether it is any reference, in small letters, without punctuation: articles count. Super-NaturalInstructions."""
+    plain, *known = (" ".join(text.lower().translate(PUNCTUATION).split()) for text in (prediction, *references))
+    return float(plain in known)
 
 
 def token_f1(prediction: str, references) -> float:
     """The largest F1 of the words in common with any reference, both `normalised`; of an empty one, whether both are."""
 
     def one(reference: str) -> float:
-        said, gold = normalised(prediction).split(), normalised(reference).split()
+        said, gold = normalised(prediction).split(), reference.split()
         same = sum((Counter(said) & Counter(gold)).values())
         return 2 * same / (len(said) + len(gold)) if said and gold else float(said == gold)
 
-    return max(map(one, references or [""]))
+    return max(map(one, _gold(references)))
+
+
+def _gold(references) -> list[str]:
+    """References, normalised; those of which nothing is left are none, as in evaluate-v2.0.py. No reference: an empty one."""
+    return [gold for gold in map(normalised, references) if gold] or [""]
 
 
 def best_threshold(scores, no_answer, impossible) -> tuple[float, float]:
@@ -73,8 +84,19 @@ def translation(predictions: list[str], references: list[list[str]], *, draws: i
     """
     most = max(map(len, references))
     streams = [[known[n] if n < len(known) else None for known in references] for n in range(most)]
-    found = {name: metric.corpus_score(predictions, streams, n_bootstrap=draws) for name, metric in _sacrebleu().items()}
-    return {name: Estimate(score.score, float(score._ci) / 1.96) for name, score in found.items()}
+    return {name: _drawn(metric, predictions, streams, draws) for name, metric in _sacrebleu().items()}
+
+
+def _drawn(metric, predictions, streams, draws: int) -> Estimate:
+    """As corpus_score(n_bootstrap=draws), whose mean fails where chrF of a draw is 0: a float among float32."""
+    from sacrebleu.significance import _bootstrap_resample
+
+    score = metric.corpus_score(predictions, streams)
+    _, drawn = _bootstrap_resample(metric._extract_corpus_statistics(predictions, streams), metric, draws)
+    for one in drawn:
+        one.score = float(one.score)
+    score.estimate_ci(drawn)
+    return Estimate(score.score, score._ci / 1.96)
 
 
 def sentence_chrf(prediction: str, references: list[str]) -> float:

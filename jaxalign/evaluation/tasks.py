@@ -13,7 +13,7 @@ from string import ascii_uppercase
 from typing import NamedTuple
 
 from jaxalign.data.sources import brief
-from jaxalign.evaluation import bigbench, judges, mmlu
+from jaxalign.evaluation import bigbench, judges, mmlu, published
 from jaxalign.prompts import extract, retrieval
 from jaxalign.prompts.answers import by_word
 from jaxalign.prompts.reasoning import THEREFORE
@@ -47,7 +47,8 @@ class Task(NamedTuple):
     cluster: Callable = lambda row: None  # (row) -> which rows hang together, for errors; None: each stands alone
     corpus: Callable | None = None  # (records) -> {name: Estimate}: what is no mean over records
     one_token: bool = False  # answers are meant to be one token each
-    read: Callable | None = None  # (source) -> rows, where its files are no rows
+    read: Callable = lambda source: None  # (source) -> rows of files that are no rows; None: they are
+    read_others: Callable = lambda source: None  # of the other file
 
 
 # --------------------------------------------------------- rows
@@ -82,8 +83,11 @@ def _mmlu(row):
 
 
 def _gsm8k(row):
-    if (final := extract.number(f"#### {row['final']}")) is None:
-        raise ValueError(f"'final' is {brief(row['final'])}, not a number")
+    if not isinstance(row["answer"], str):
+        raise ValueError(f"'answer' is {brief(row['answer'])}, not a text")
+    said = row["final"] if row.get("final") is not None else row["answer"].partition("####")[2]  # as in the file that they publish
+    if (final := extract.number(f"#### {said}")) is None:
+        raise ValueError(f"'final' is {brief(said)}, not a number")
     return row | {"answer": CALCULATOR.sub("", row["answer"]), "final": final}
 
 
@@ -96,7 +100,7 @@ def _worked(rows, prompts):
     known = {one["task"]: CANARY.sub("", one["cot_prompt"]).strip() for one in prompts}
     if missing := {row["task"] for row in rows} - known.keys():
         raise ValueError(f"no worked examples for {', '.join(sorted(missing))}")
-    return [row | {"worked": known[row["task"]]} for row in rows]
+    return [row | {"worked": known[row["task"]], "target": str(row["target"])} for row in rows]
 
 
 def _given(rows, passages):
@@ -112,8 +116,9 @@ def _retrieved(rows, passages):
 
 
 def _squad_row(row):
+    _texts(row, "answers", least=0)
     shown = {"shown": [one["id"] for one in row["passages"]], "answer": row["answers"][0] if row["answers"] else judges.ABSTAINED}
-    return _texts(row, "answers", least=0) | shown
+    return row | shown
 
 
 def _pairs(rows, _):
@@ -135,7 +140,7 @@ _CHOSEN = ("accuracy", "brier")
 
 _GSM8K = Task(
     Template(text=QUESTION),
-    columns=("question", "answer", "final"),
+    columns=("question", "answer"),
     row=_gsm8k,
     until=lambda row: ("\nQuestion:", "\n\n"),
     judge=judges.voted(extract.number, lambda row: row["final"]),
@@ -151,6 +156,8 @@ _SQUAD = Task(
     row=_squad_row,
     join=_given,
     others=("id", "title", "text"),
+    read=published.questions,
+    read_others=published.passages,
     answers=lambda row: (f" {judges.ABSTAINED}",),
     until=_line,
     judge=judges.squad,
@@ -187,6 +194,7 @@ TASKS = {
         mmlu.TEMPLATE,
         columns=("subject", "question", "choices", "answer"),
         row=_mmlu,
+        read=published.mmlu,
         answers=lambda row: [f" {letter}" for letter in ascii_uppercase[: len(row["choices"])]],
         judge=judges.by_index("answer"),
         metrics=_CHOSEN,
@@ -198,7 +206,7 @@ TASKS = {
         bigbench.TEMPLATE,
         columns=(),
         answers=lambda row: row["answers"],
-        until=lambda row: (row["stop"],) if row["targets"] else None,
+        until=lambda row: ((row["stop"],) if row["stop"] else ()) if row["targets"] else None,
         judge=judges.of_bigbench,
         metrics=bigbench.METRICS,
         group=lambda row: row["task"],
@@ -211,6 +219,8 @@ TASKS = {
         columns=("task", "input", "target"),
         join=_worked,
         others=("task", "cot_prompt"),
+        read=published.bbh,
+        read_others=published.worked,
         until=lambda row: ("\n\nQ:",),
         judge=judges.voted(extract.after, lambda row: row["target"]),
         metrics=("accuracy",),

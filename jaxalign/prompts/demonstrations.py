@@ -20,8 +20,8 @@ def few_shot(
     Args:
         best_last: show the best next to the question; else first.
         fits: (Prompt) -> bool, such as `within`. While it says no, the worst demonstration is dropped (`Prompt.dropped`).
-    Raises ValueError, naming the row, where the pool has fewer than k others, where a row does not fit without demonstrations, and
-    for a missing column.
+    Raises ValueError, naming the row, where the ranking has fewer than k (k - 1 others, where the row is one of them, will do),
+    where a row does not fit without demonstrations, and for a missing column.
     """
 
     def shown(row):
@@ -33,9 +33,9 @@ def few_shot(
         number, row = asked
         others = np.flatnonzero(known != question(template, row)[0])
         best = [pool[i] for i in ranking(number, others)[:k]]
-        if len(best) < k:
+        if len(best) < k and len(ranking(number, np.arange(len(pool)))) < k:
             raise ValueError(f"{len(best)} others to show, where k = {k}")
-        for count in range(k, -1, -1):
+        for count in range(len(best), -1, -1):
             shots = best[:count]
             prompt = render(template, row, shots[::-1] if best_last else shots)._replace(dropped=k - count)
             if fits is None or fits(prompt):

@@ -14,12 +14,12 @@ def after(text: str, marker: str = "the answer is") -> str | None:
 
 
 def number(text: str) -> int | float | None:
-    """The number that follows the last "####" (GSM8K); without one, the last number. Commas of thousands and "$" are left out.
+    """The number that follows the first "####" (GSM8K); without one, the last number. Commas of thousands and "$" are left out.
 
     Equal numbers are equal however they are written: 1,200 is 1200.00. A "-" behind a word or a number is no sign.
     """
-    _, marked, rest = text.rpartition("####")
-    found = NUMBER.findall(rest)
+    before, marked, rest = text.partition("####")
+    found = NUMBER.findall(rest if marked else before)
     sign, digits = (found[0] if marked else found[-1]) if found else ("", "")
     if not 0 < len(digits) <= 300:
         return None

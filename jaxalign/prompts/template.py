@@ -66,7 +66,7 @@ class Prompt(NamedTuple):
     after: str  # what follows the answer of a cloze
     messages: list[dict]  # the same as a conversation, where the assistant comes next
     shots: int = 0  # demonstrations in it
-    dropped: int = 0  # for which there was no room
+    dropped: int = 0  # for which there was no room, or which are the row itself
 
 
 def load(path) -> Template:
