@@ -25,6 +25,7 @@ def get_config(variant: str = "reviews") -> ConfigDict:
     config.reward_model = {"source": "stage:reward", **MODEL, "doubt": 0.0}
     # name: who answers and rewards the policy in the place of a reward model: a function of jaxalign/feedback/environments.py, or
     # what one's own is called; "" for none. The first state is the prompt's row. turns: at most; length: tokens before the last one
+    # of several
     # passages: of the environment "search", the file that it looks into, with "title" and "text"
     config.environment = {"name": "", "turns": 1, "length": 16, "passages": ""}
     config.prompts = {"source": "openings", "count": 8192, "template": "{text}", "chat": False, "length": 16}

@@ -68,13 +68,13 @@ def reinforced():
     """GRPO on the same; a right answer is worth 1."""
     config = grpo.get_config()
     del config.stages, config.reward_model
-    config.environment.update(name="exact", length=256)
-    config.prompts.update(source="train.jsonl", count=0, template="{prompt}", length=256)
+    config.environment.name = "exact"
+    config.prompts.update(source="train.jsonl", count=0, template="{prompt}", length=192)
     config.sample.length = 3
     config.gold.lexicon = ""
     config.objective.kl_weight = 0.0
     config.optim.update(learning_rate=1e-5, decay="constant")
-    config.run.update(iterations=30, batch=64, group=8, epochs=1, minibatches=1)
+    config.run.update(iterations=30, batch=64, group=8, epochs=1, minibatches=1, accumulate=4)
     config.loop.update(save_every=10, keep=1)
     config.evaluate.update(prompts=32, every=0)
     return config
@@ -95,7 +95,7 @@ def reasoned(config, template, pool, rows, read):
     for stage in (config.stages.sft, config.stages.sft_thought):
         stage.data.length = 512
     for stage in (config.stages.grpo, config.stages.sft_grpo):
-        stage.environment.length = stage.prompts.length = 512
+        stage.prompts.length = 320
         stage.sample.length = 8
     return config
 
@@ -122,7 +122,8 @@ def tiny(config):
     config.stages.sft.data.update(held_out=4, length=96)
     config.stages.sft.run.update(steps=2)
     for stage in (config.stages.grpo, config.stages.sft_grpo):
-        stage.run.update(iterations=1, batch=8, group=4)
+        stage.prompts.length = 256  # its tokens are shorter
+        stage.run.update(iterations=1, batch=8, group=4, accumulate=1)
         stage.evaluate.prompts = 4
     return config
 

@@ -35,8 +35,9 @@ class Start(NamedTuple):
 def openings(config, policy, mesh, own=None):
     """What a run begins with: -> (prompts, or Starts; columns of a row, and of its source; who plays, or None)
 
-    play(draw, params, keys, starts) -> (Batch, f32 [B]): draw as Job.draw of experiments/ppo.py; the sum of an episode's rewards is
-    its score, NaN where the environment failed.
+    play(draw, params, keys, starts, group) -> (Batch, f32 [B], logp): as `respond` of experiments/ppo.py; the sum of an episode's
+    rewards is its score, NaN where the environment failed. Episodes of one turn are prompts and responses as without environment,
+    so that the prompt of a group is read once; in others logp is None.
     """
     name = config.environment.name
     answers = own or (search_in(config.environment.passages) if name == "search" else BUILT_IN.get(name))
@@ -50,22 +51,33 @@ def openings(config, policy, mesh, own=None):
         return common.openings(policy.tokenizer, **settings), (columns + config.sample.length, source), None
     if settings["start"] is not None:
         raise ValueError(f"environment.name = {name}: in an episode a decoder has its turns, no encoder-decoder")
-    turns, length, vocab = config.environment.turns, config.environment.length, policy.model.config.vocab
+    turns, vocab = config.environment.turns, policy.model.config.vocab
+    length = config.environment.length if turns > 1 else config.prompts.length
     encode = partial(observed, policy.tokenizer, chat=config.prompts.chat)
     decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
     width = length + config.sample.length
 
-    def play(draw, params, row_keys, starts):
+    def play(draw, params, row_keys, starts, group):
+        drawn = None
+
         def respond(documents, turn):
+            nonlocal drawn
             rows = common.rows_of(documents, range(len(documents)), length, mesh, vocab)
-            batch = shard.fetch(draw(params, jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn), rows)[0])
+            if turns == 1:
+                drawn = draw(params, row_keys, rows, group)
+            else:
+                drawn = draw(params, jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn), rows)
+            batch = shard.fetch(drawn[0])
             return [tokens[wrote].tolist() for tokens, wrote in zip(batch.tokens, batch.weights > 0, strict=True)]
 
         prompts, states = zip(*starts, strict=True)
         known = {"encode": encode, "decode": decode, "turns": turns, "length": length}
         episodes = environments.play(answers, states, prompts, respond, **known)
+        scores = shard.place(np.array([episode.reward for episode in episodes], np.float32), mesh)
+        if turns == 1:
+            return drawn[0], scores, drawn[1]
         batch = tables.check(tables.pad([episode.document for episode in episodes], width), vocab)
-        return shard.place((batch, np.array([episode.reward for episode in episodes], np.float32)), mesh)
+        return shard.place(batch, mesh), scores, None
 
     found = [Start(*both) for both in common.openings_and_rows(policy.tokenizer, **settings)]
     return found, (width, 0), play

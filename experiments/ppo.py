@@ -61,7 +61,7 @@ class Job(NamedTuple):
     judge: list  # parameters of the reward models
     prompts: list  # or, in an environment, environment.Starts
     held_out: list  # that are not among those
-    play: Any  # None, or (draw, params, keys, starts) -> (Batch, f32 [B]): an environment in the place of the judge
+    play: Any  # None, or (draw, params, keys, starts, group) -> (Batch, f32 [B], logp): an environment in the place of the judge
     draw: Any  # (params, keys, prompts, group=1) -> (Batch, logp)
     greedy: Any  # None, or the same without chance
     judged: Any  # (judge, batch) -> f32 [B]
@@ -147,12 +147,12 @@ def collect(job: Job, state, iteration: int):
 def respond(job: Job, params, documents, numbers, role: str, step: int, group: int = 1):
     """Responses to these prompts, their scores by the reward model or the environment, and what the sampler said of each token.
 
-    -> (Batch, f32 [B], logp f32 [B,T], None in an environment)
+    -> (Batch, f32 [B], logp f32 [B,T], None of episodes of several turns)
     Args: group: of so many numbers, one behind the other, all are the same.
     """
     row_keys = keys.of_rows(keys.key(job.config.seed, role, step), numbers)
     if job.config.environment.name:
-        (batch, scores), logp = job.play(job.draw, params, row_keys, [documents[n] for n in numbers]), None
+        batch, scores, logp = job.play(job.draw, params, row_keys, [documents[n] for n in numbers], group)
     else:
         prompts = common.rows_of(documents, numbers, job.config.prompts.length, job.mesh, job.vocab)
         batch, logp = job.draw(params, row_keys, prompts, group)
@@ -183,7 +183,8 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
         raise ValueError(
             f"sample.temperature = {temperature}: a policy that is to learn from its samples draws them, so it is above 0"
         )
-    if config.environment.name and not run.rescore:
+    several = bool(config.environment.name) and config.environment.turns > 1
+    if several and not run.rescore:
         raise ValueError("run.rescore = False: an episode has several samples, whose log-probabilities are not kept")
     if run.batch % run.minibatches:
         raise ValueError(f"run.batch = {run.batch} does not divide into run.minibatches = {run.minibatches}")
@@ -195,9 +196,9 @@ def prepare(config, mesh, policy, judges, judged, algorithm=PPO):
     hold = {"policy/approx_kl": run.stop_kl}
 
     def sharing(group):
-        """The policy for rows that answer the same prompts; episodes are padded otherwise."""
+        """The policy for rows that answer the same prompts; episodes of several turns are padded otherwise."""
         first, _ = common.prompt_columns(policy.model, config.prompts.length)
-        alone = play or group == 1 or shard.crowded(mesh)
+        alone = several or group == 1 or shard.crowded(mesh)
         return policy.model if alone else policy.model.sharing(group, first)
 
     update = make_step(

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from configs import environment as environment_config
-from experiments import environment, ppo
+from experiments import common, environment, ppo
 from experiments.settings import check
 from jaxalign import keys, rollout, shard
 from jaxalign.data import arithmetic, reviews, tables, text
@@ -185,15 +185,40 @@ def test_a_query_finds_a_passage_and_the_answer_is_worth_its_words(shared):
         rows = [(prompts.tokens, tokens), (prompts.segments, wrote), (0.0 * prompts.weights, wrote.astype(jnp.float32))]
         return Batch(*(jnp.concatenate(pair, axis=1) for pair in rows)), None
 
-    batch, rewards = play_one(
-        draw, None, keys.of_rows(keys.key(0, "sample"), np.arange(4)), [normandy, normandy, normandy, nothing]
-    )
+    row_keys = keys.of_rows(keys.key(0, "sample"), np.arange(4))
+    batch, rewards, logp = play_one(draw, None, row_keys, [normandy, normandy, normandy, nothing], 1)
+    assert logp is None
     np.testing.assert_allclose(rewards, [2 / 3, 0, 0, 1])  # "in" is a word too many
     shown = words.decode(np.asarray(batch.tokens)[0][np.asarray(batch.segments)[0] > 0])
     assert "<|im_start|>user\n[1] Normans: The Normans (Norman" in shown and batch.tokens.shape == (4, width)
     config.environment.passages = ""
     with pytest.raises(ValueError, match="environment.passages names the file"):
         environment.openings(config, None, mesh)
+
+
+def test_of_one_turn_a_prompt_is_read_once_for_all_its_responses_and_the_sampler_says_how_likely_they_were():
+    config = environment_config.get_config("tiny")
+    config.environment.update(name="exact", turns=1)
+    config.prompts.update(source="secrets", length=4)
+    words = arithmetic.tokenizer()
+    model, mesh = decoder.build(decoder.DecoderConfig(**SMALL | {"vocab": len(words)})), shard.make_mesh(devices=jax.devices()[:1])
+    params, _ = shard.create(model.init, mesh, jax.random.key(0))
+    policy, seen = SimpleNamespace(model=model, tokenizer=words), []
+
+    def reward(state, said):
+        seen.append(said)
+        return float(len(said))
+
+    starts, columns, play_one = environment.openings(config, policy, mesh, reward)
+    draw = common.sampler(model, mesh, words.eos_token_id, config.sample)
+    batch, rewards, logp = play_one(draw, params, keys.of_rows(keys.key(0, "sample"), np.arange(6)), [starts[0]] * 6, 3)
+    assert batch.tokens.shape == logp.shape == (6, columns[0]) == (6, 4 + config.sample.length)
+    np.testing.assert_array_equal(batch.segments[:, 3], 1)  # prompts end in one column
+    np.testing.assert_array_equal(rewards, [len(said) for said in seen])
+    written = np.asarray(batch.weights) > 0
+    assert seen == [words.decode(row[at], skip_special_tokens=True) for row, at in zip(np.asarray(batch.tokens), written)]
+    shared = rollout.said(model.sharing(3, 4), params, batch, temperature=1.0)[0]
+    np.testing.assert_allclose(np.where(written, shared, 0), np.where(written, logp, 0), atol=1e-5)
 
 
 def test_a_game_of_the_world_is_one_that_the_environment_would_have_played():
