@@ -85,7 +85,8 @@ def sentiment(config):
     return config
 
 
-def reasoned(config, template, pool, rows, read):
+def reasoned(config, template, pool, rows, read, length):
+    """Args: length: of a prompt with two demonstrations, in tokens."""
     config.task.update(template=f"configs/prompts/{template}.json", pool=pool, rows=rows, read=read)
     config.curve.update(shots=(0, 1, 2, 4, 8), seeds=1, rankings=("random",))
     config.length, config.written = 0, 128
@@ -95,7 +96,7 @@ def reasoned(config, template, pool, rows, read):
     for stage in (config.stages.sft, config.stages.sft_thought):
         stage.data.length = 512
     for stage in (config.stages.grpo, config.stages.sft_grpo):
-        stage.prompts.length = 320
+        stage.prompts.length = length
         stage.sample.length = 8
     return config
 
@@ -103,13 +104,13 @@ def reasoned(config, template, pool, rows, read):
 def strategyqa(config):
     """Yes or no."""
     path = "../shared/data/reasoning/strategyqa.jsonl"
-    return reasoned(config, "yes_no", path, path, "yes_no")
+    return reasoned(config, "yes_no", path, path, "yes_no", 112)
 
 
 def gsm8k(config):
     """Numbers."""
     folder = "../shared/data/reasoning"
-    return reasoned(config, "steps", f"{folder}/gsm8k_train.jsonl.gz", f"{folder}/gsm8k_dev.jsonl", "number")
+    return reasoned(config, "steps", f"{folder}/gsm8k_train.jsonl.gz", f"{folder}/gsm8k_dev.jsonl", "number", 320)
 
 
 def tiny(config):

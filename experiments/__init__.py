@@ -3,7 +3,7 @@
 import os
 import sys
 
-if sys.platform == "linux" and sys.argv[0] == "-m" and "GLIBC_TUNABLES" not in os.environ:
+if sys.platform == "linux" and sys.argv[0] == "-m" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
     # XLA's CPU backend takes memory anew for every step. Kept for the next one, and in large pages, it is there sooner
     # (PERFORMANCE.md). The C library reads this where a process begins, so the command begins once more, before it has imported
     # anything.

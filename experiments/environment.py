@@ -45,6 +45,8 @@ def openings(config, policy, mesh, own=None):
         raise ValueError(
             f"environment.name = {name!r}: there are {', '.join(BUILT_IN)}, search; one's own is given by an Algorithm"
         )
+    if own and not name:
+        raise ValueError("environment.name is empty, so the Algorithm's own environment would not be asked: give it a name")
     settings = {**config.prompts, "seed": config.seed, "start": common.start_of(policy.model)}
     if not name:
         columns, source = common.prompt_columns(policy.model, config.prompts.length)

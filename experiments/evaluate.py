@@ -104,6 +104,11 @@ def examples_of(config, task, document, length: int, count: int) -> list[Example
     pool = rows_of(task, data.pool, 0, data.beside) if config.shots else []
     groups = [[row, *(answers.content_free(row, task.free) if task.free else ())] for row in rows]
     offered, until = [[*task.answers(row)] for row in rows], [task.until(row) for row in rows]
+    for number, (row, each) in enumerate(zip(rows, offered, strict=True)):
+        if config.template and form.answer and each and (own := template.target(form, row)) not in each:
+            raise ValueError(
+                f"{config.template}: it answers row {number} by {own!r}, and this task scores {', '.join(map(repr, each))}"
+            )
     blank = template.render(template.Template("-[Z]"), {})
     sizes = [size(blank, answer) - size(blank) for answer in {answer for each in offered for answer in each}]
     if task.one_token and max(sizes) > 1:

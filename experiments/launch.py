@@ -6,10 +6,11 @@ Exit codes of every program:
     1          a mistake that its user can mend, said in a paragraph; or a fault of the program, with a traceback
     70         stuck (train.watch)
     75, 134    another process of the run has ended (train.watch)
-    130, 143   SIGINT, SIGTERM: saved where there is something to save, and the same command goes on
+    130, 143   SIGINT, SIGTERM (129: SIGHUP): saved where there is something to save, and the same command goes on
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import shlex
 import socket
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -56,21 +57,39 @@ def main(run, name: str, *, folder: bool = True, check=check):
             keep_compiled()
             _join(given.distributed)
             check(given.config)
+            _agree(given.config)
             if folder:
                 with writing(given.workdir) as workdir:
-                    log.write_text(workdir / "command.txt", shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]]))
+                    log.write_text(workdir / "command.txt", shlex.join(["python", *sys.orig_argv[1:]]))
                     run(given.config, workdir)
             else:
                 run(given.config)
         except KeyboardInterrupt:
-            print("stopped; the same command goes on from what is done", file=sys.stderr)
-            sys.exit(130)
+            _leave(130, "stopped; the same command goes on from what is done")
         except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
             if given.debug:
                 raise
-            sys.exit(f"{type(error).__name__}: {error}\n(--debug shows where)")
+            _leave(1, f"{type(error).__name__}: {error}\n(--debug shows where)")
 
     app.run(start, flags_parser=partial(_parse, name, folder))
+
+
+def _leave(code: int, said: str):
+    """End. Of several processes one ends at once: an orderly end would wait for the others, for minutes, and they for this one."""
+    with suppress(OSError):
+        print(said, file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _agree(config):
+    """ValueError where the processes of a run were given different settings: they would not compute the same."""
+    if jax.process_count() > 1:
+        mine = np.frombuffer(hashlib.sha256(json.dumps(log.plain(config), sort_keys=True).encode()).digest()[:4], np.uint32)
+        of_all = multihost_utils.process_allgather(mine).ravel()
+        if other := np.flatnonzero(of_all != of_all[0]).tolist():
+            raise ValueError(f"processes {', '.join(map(str, other))} were given other settings than process 0: give all the same")
 
 
 def _parse(name: str, folder: bool, arguments):

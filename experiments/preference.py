@@ -41,7 +41,7 @@ def answers(config, loaded, mesh, prompts, gold):
     draw = common.sampler(loaded.model, mesh, loaded.tokenizer.eos_token_id, config.sample)
     said = shard.on_mesh(jax.jit(partial(rollout.said, loaded.model, temperature=config.sample.temperature)), mesh)
     reference = loaded.reference
-    longest = max(len(prompt.tokens if prompt.source is None else prompt.source) for prompt in prompts)
+    longest = max((len(prompt.tokens if prompt.source is None else prompt.source) for prompt in prompts), default=0)
 
     def measure(params):
         found, samples = [], []
@@ -56,7 +56,9 @@ def answers(config, loaded, mesh, prompts, gold):
             found.append({name: x[:count] for name, x in of_rows.items()})
             for r, (prompt, response) in enumerate(texts[:count]):
                 samples.append({"prompt": prompt, "response": response} | {name: float(x[r]) for name, x in of_rows.items()})
-        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}, samples[: config.evaluate.samples]
+        return {name: np.concatenate([part[name] for part in found]) for name in (found[0] if found else ())}, samples[
+            : config.evaluate.samples
+        ]
 
     return measure
 
@@ -195,7 +197,8 @@ def summary_of(found) -> dict:
     for name in [name for name in ("gold", "length") if name in after]:
         for when, x in (("before", before[name]), ("after", after[name])):
             summary |= {f"{name}/{when}": np.nanmean(x), f"{name}/{when}_stderr": np.nanstd(x) / len(x) ** 0.5}
-    summary["kl/final"] = after["kl"].mean()
+    if "kl" in after:  # not where evaluate.prompts is 0
+        summary["kl/final"] = after["kl"].mean()
     for name in ("logp_chosen", "logp_rejected"):
         summary |= {f"{name}/before": pairs_before[name].mean(), f"{name}/after": pairs[name].mean()}
     right = pairs["accuracy"]

@@ -293,7 +293,7 @@ RULES = {
     "loop.sinks": Rule(
         lambda x: isinstance(x, tuple) and all(s in list(log.SINKS) for s in x), f"a tuple of {', '.join(log.SINKS)}"
     ),
-    "evaluate.prompts": COUNT,
+    "evaluate.prompts": ANY_COUNT,
     "evaluate.every": ANY_COUNT,
     "evaluate.samples": ANY_COUNT,
     **{f"constitution.{file}": NAMED for file in ("principles", "examples", "preference", "red_team", "helpful")},

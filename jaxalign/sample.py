@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign.ops import filters
 from jaxalign.score import of_logits
@@ -60,9 +61,12 @@ def sample(
         allowed: i32 [S,V], of prompts.constrain: in state s, token v leads to state allowed[s,v]; -1: it is never drawn. A row
             begins in state 0. A response that has no EOS yet when its length is up is the start of one that is allowed.
         until: i32 [S,V], of prompts.constrain: in state s, token v leads to state until[s,v]; -1: it ends the response.
-    Raises ValueError where the rows of `allowed` or `until` are not as long as the vocabulary.
+    Raises ValueError where the rows of `allowed` or `until` are not as long as the vocabulary, and, of NumPy arrays, where prompts
+    are padded on the right.
     """
     (asked, start), rows = prompts.tokens.shape, len(keys)
+    if isinstance(prompts.segments, np.ndarray) and ((prompts.segments > 0).any(1) & (prompts.segments[:, -1] == 0)).any():
+        raise ValueError("a prompt ends before the last column, where its continuation begins: pad on the left")
     if rows % asked:
         raise ValueError(f"{rows} keys for {asked} prompts: each prompt has as many")
     for name, table in {"allowed": allowed, "until": until}.items():

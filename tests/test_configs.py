@@ -341,7 +341,7 @@ REFUSED = {  # what ml_collections lets through, or a number that float32 has no
     "run.importance_cap": (0.5, math.inf),
     "run.critic": ("none", "", None),
     "gold.lexicon": (None, 3),
-    "evaluate.prompts": (0,),
+    "evaluate.prompts": (-1,),
 }
 
 

@@ -251,6 +251,9 @@ def test_a_setting_names_an_environment_of_the_library_and_no_code():
         config.environment.name = name
         with pytest.raises(ValueError, match=f"environment.name = '{name}': there are guess, last_number"):
             environment.openings(config, None, None)
+    config.environment.name = ""
+    with pytest.raises(ValueError, match="environment.name is empty"):
+        environment.openings(config, None, None, guess)  # it would never be asked
 
 
 @pytest.mark.slow

@@ -191,6 +191,9 @@ def test_squad_is_written_greedily_and_judged_by_words_in_common(source, stories
 ONE = [{"question": f"Tom has {n} cats. How many?", "answer": f"#### {n}", "final": str(n)} for n in range(1, 11)]
 
 
+OWN = '{"text": "Q: {question}[Z]", "slots": {"answer": {"yes": "right", "no": "wrong"}}}'
+
+
 def test_chains_of_thought_are_drawn_by_example_and_concluded(source, stories, tmp_path):
     """The same whether all are asked at once or one alone; the vote is of all draws."""
     config = settings.get_config("gsm8k_zero_shot")
@@ -275,8 +278,14 @@ def test_a_hook_leaves_training_as_it_is(tmp_path, monkeypatch):
         ("gsm8k", {"data.pool": ""}, ONE, "shots = 4: data.pool says which rows they are taken from"),
         ("gsm8k_zero_shot", {"draws": 2}, ONE, "draws = 2: with sample.temperature = 0 all would be alike"),
         ("gsm8k", {"task": "gsm9k"}, ONE, "task = 'gsm9k'; there are mmlu, "),
+        (
+            "strategyqa",
+            {"template": OWN},
+            [{"question": "?", "answer": "yes"}],
+            "it answers row 0 by ' right', and this task scores ' yes', ' no'",
+        ),
     ],
-    ids=["columns", "no file", "file", "row", "pool", "draws", "task"],
+    ids=["columns", "no file", "file", "row", "pool", "draws", "task", "template"],
 )
 def test_what_cannot_be_asked_is_said_in_one_line(stories, tmp_path, task, change, rows, says):
     config = settings.get_config(task)
@@ -284,6 +293,9 @@ def test_what_cannot_be_asked_is_said_in_one_line(stories, tmp_path, task, chang
     if task == "gsm8k":
         config.data.pool = config.data.source
     config.update_from_flattened_dict(change)
+    if config.template:
+        (tmp_path / "yes.json").write_text(config.template)
+        config.template = str(tmp_path / "yes.json")
     with pytest.raises(ValueError, match=f"^[^\n]*{re.escape(says)}[^\n]*$"):
         evaluate.prepare(config, stories, shard.make_mesh(), 0)
 

@@ -1,6 +1,8 @@
 """What a run writes."""
 
 import json
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -111,6 +113,23 @@ def test_short_numbers(value, text):
 @pytest.mark.parametrize("seconds, text", [(0.2, "0:00"), (59.6, "1:00"), (185, "3:05"), (7620, "2:07:00")])
 def test_durations(seconds, text):
     assert log.duration(seconds) == text
+
+
+def test_a_run_outlives_whoever_reads_what_it_prints(tmp_path):
+    """As `tee`, which Ctrl-C ends, too."""
+    program = f"""
+from jaxalign.train import log
+with log.Log({str(tmp_path)!r}, start=0, stop=3, config={{}}) as metrics:
+    for step in range(3):
+        log.say("x" * 9)
+        metrics.write(step + 1, {{"loss/total": 1.0}})
+"""
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert ended.returncode == 0 and "Error" not in ended.stderr, ended.stderr
+    assert len(log.read_lines(tmp_path / "metrics.jsonl")) == 3
 
 
 def test_tensorboard_gets_every_line(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 
 from jaxalign.train import checkpoint, log
 
+ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
@@ -116,6 +117,23 @@ def test_one_process_that_is_told_to_stop_stops_all_at_one_step_and_another_numb
     assert codes == [0, 0] and f"resuming at step {at + 5}" in said[0], said
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "whole"), rtol=1e-5)
     np.testing.assert_allclose(params(tmp_path / "two"), params(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_with_different_settings_do_not_begin(tmp_path, request):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    request.node.processes = both = []
+    for number, rate in enumerate((1e-3, 1e-2)):
+        out = open(tmp_path / f"{number}.txt", "w+")  # noqa: SIM115 (closed with the process)
+        command = [sys.executable, "-m", "experiments.sft", "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}"]
+        command += [f"--config.optim.learning_rate={rate}", f"--distributed={place}/2/{number}"]
+        both.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=out, stderr=out))
+        both[-1].said = Path(out.name)
+    codes, said = ended(both)
+    assert all(codes) and not (tmp_path / "run").exists()
+    assert any("processes 1 were given other settings than process 0" in each for each in said), said
 
 
 @pytest.mark.slow

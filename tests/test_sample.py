@@ -217,6 +217,12 @@ def test_each_prompt_has_as_many_samples(tiny):
         sample(tiny.model, tiny.params, keys_of(*range(4)), left_padded(PROMPTS[:3]), length=1, eos=EOS)
 
 
+def test_prompts_that_are_padded_on_the_right_are_refused(tiny):
+    right = jax.tree.map(lambda x: np.asarray(x)[:, ::-1], left_padded(PROMPTS))
+    with pytest.raises(ValueError, match="a prompt ends before the last column"):
+        sample(tiny.model, tiny.params, keys_of(*range(len(PROMPTS))), right, length=1, eos=EOS)
+
+
 def test_a_response_ends_with_its_first_eos(draw):
     prompts = left_padded(PROMPTS)
     batch = jax.device_get(draw(prompts, keys_of(*range(10, 16)))[0])

@@ -160,6 +160,21 @@ def test_the_numbers_of_three_updates(plain):
     same([m["train/grad_norm"] for m in metrics], GRAD_NORMS, 1e-4)
 
 
+@pytest.mark.parametrize(
+    "returned", [lambda loss: loss, lambda loss: (loss, {}), lambda loss: (loss, {"loss": loss})], ids=range(3)
+)
+def test_an_objective_without_a_weight_is_told_what_one_returns(tiny, returned):
+    step = make_step(lambda params, data: returned(data.weights.sum()), optim.adam(learning_rate=0.1, steps=1))
+    with pytest.raises(TypeError, match=r"an objective returns \(sum, \{'weight': n, ...\}\).*; this one: PyTreeDef"):
+        step(TrainState(jnp.int32(0), tiny.params, None), batches(1)[0])
+
+
+def test_rows_divide_into_micro_batches(tiny):
+    step = make_step(partial(supervised.sft, model=tiny.model), optim.adam(learning_rate=0.1, steps=1), accumulate=3)
+    with pytest.raises(ValueError, match="accumulate = 3: 4 rows do not divide"):
+        step(TrainState(jnp.int32(0), tiny.params, None), jax.tree.map(lambda x: x[:4], batches(1)[0]))
+
+
 def test_a_batch_of_weight_0_moves_nothing(tiny):
     tx = optim.adam(learning_rate=0.1, steps=10, decay="constant")
     step = jax.jit(make_step(partial(supervised.sft, model=tiny.model), tx))

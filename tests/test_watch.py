@@ -56,7 +56,7 @@ def test_compilation_is_no_step():
     assert code == 0 and "the end" in said
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_in_a_step_that_does_not_end_is_still_heeded(name, code):
     """The main thread is in one long call, where Python runs no handler."""
     found, said = run(f"""

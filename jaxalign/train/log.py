@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -38,7 +39,17 @@ LIVE_EVERY, PLAIN_EVERY = 0.1, 10.0  # seconds between two states of the line at
 def say(text: str):
     """Print, on process 0."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        with unread():
+            print(text, flush=True)
+
+
+@contextmanager
+def unread():
+    """A run outlives whoever reads what it prints: Ctrl-C also ends the `tee` behind a pipe, and the run is yet to be saved."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def write_json(path, value):
@@ -155,7 +166,7 @@ class Log:
             cut(workdir / f"{name}.jsonl", start)
         self.metrics = open(workdir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed by close)
         self.samples = open(workdir / "samples.jsonl", "a", buffering=1)  # noqa: SIM115
-        self.live = Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() else None
+        self.live = Live(console=Console(), auto_refresh=False) if sys.stdout and sys.stdout.isatty() else None
         if self.live:
             self.live.start()
 
@@ -168,7 +179,8 @@ class Log:
         self.metrics.write(json.dumps(_strict({"step": done, **values})) + "\n")
         for sink, _ in self.sinks:
             sink(done, values)
-        self._show(done, values)
+        with unread():
+            self._show(done, values)
 
     def _show(self, done: int, values: dict):
         now = time.monotonic()
@@ -192,7 +204,8 @@ class Log:
     def __exit__(self, *_):
         if self.on:
             if self.live:
-                self.live.stop()
+                with unread():
+                    self.live.stop()
             for _, close in self.sinks:
                 close()
             self.metrics.close()

@@ -34,7 +34,15 @@ def make_step(
         axis (of the step): mesh axis or axes to sum over, where every device runs its own copy (shard_map, pmap).
     """
     tx = optax.with_extra_args_support(tx)
-    gradient = jax.value_and_grad(lambda params, frozen, data: objective(join(frozen, params), data), has_aux=True)
+
+    def loss_of(params, frozen, data):
+        found = objective(join(frozen, params), data)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict) and "weight" in found[1]):
+            told = jax.tree.structure(found)
+            raise TypeError(f"an objective returns (sum, {{'weight': n, ...}}), for the step to divide by n; this one: {told}")
+        return found
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
     limits = {name: limit for name, limit in (hold_above or {}).items() if limit is not None}
 
     def sums_of(params, frozen, data):
@@ -42,6 +50,8 @@ def make_step(
         return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, {**sums, "loss/total": loss}))
 
     def step(state: TrainState, data, *, axis=None):
+        if (rows := len(jax.tree.leaves(data)[0])) % accumulate:
+            raise ValueError(f"accumulate = {accumulate}: {rows} rows do not divide into as many micro-batches")
         if accumulate == 1:
             grads, sums = sums_of(state.params, state.frozen, data)
         else:

@@ -2,7 +2,8 @@
 
 A run that is stopped ends with one of these exit codes:
 
-    130, 143   SIGINT, SIGTERM: saved, unless the step it fell in did not end within GRACE seconds; the last checkpoint then serves
+    130, 143   SIGINT, SIGTERM (and 129, SIGHUP, of a terminal that is closed): saved, unless the step it fell in did not end within
+               GRACE seconds; the last checkpoint then serves
     70         stuck: a step took far longer than any before it; the stacks of all threads are on stderr
     75, 134    another process of the run has ended: start all of them again. (134, SIGABRT, is JAX's own end, once that process has
                sent no heartbeat for a while.)
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import jax
 
@@ -50,7 +51,9 @@ class Watch:
         if threading.current_thread() is threading.main_thread():
             # Python runs a handler between two of its own instructions, which may be long in coming: the pipe is written at once
             self.old_wakeup = signal.set_wakeup_fd(self.woken, warn_on_full_buffer=False)
-            self.old = {number: signal.signal(number, self._heed) for number in (signal.SIGINT, signal.SIGTERM)}
+            heeded = [signal.SIGINT, signal.SIGTERM]
+            heeded += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL else []  # nohup has it ignored
+            self.old = {number: signal.signal(number, self._heed) for number in heeded}
         jax.monitoring.register_event_duration_secs_listener(self._count)
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
@@ -72,7 +75,8 @@ class Watch:
         if self.told:
             self._leave(128 + number, "stopped at once")
         self.told.append(number)
-        os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
+        with suppress(OSError):  # who reads it may have been stopped by the same Ctrl-C
+            os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
 
     def _count(self, event, seconds, **_):
         self.compiling = event == LOWERED or (self.compiling and event != COMPILED)
@@ -86,7 +90,7 @@ class Watch:
             select.select([self.wake], [], [], min(1.0, patience / 4))
             now = time.monotonic()
             try:
-                numbers = [number for number in os.read(self.wake, 64) if number in (signal.SIGINT, signal.SIGTERM)]
+                numbers = [number for number in os.read(self.wake, 64) if number in self.old]
             except BlockingIOError:
                 numbers = []
             if numbers and self.deadline is None:
@@ -102,8 +106,9 @@ class Watch:
                 self._leave(STUCK, f"stuck{place}: step {self.at} has run for {now - self.since:.0f} s; the stacks are above")
 
     def _leave(self, code: int, said: str):
-        cursor = "\x1b[?25h" if sys.stdout.isatty() else ""  # which the live line hides
-        os.write(2, f"{cursor}\n{said} (exit code {code})\n".encode())
+        cursor = "\x1b[?25h" if sys.stdout and sys.stdout.isatty() else ""  # which the live line hides
+        with suppress(OSError):
+            os.write(2, f"{cursor}\n{said} (exit code {code})\n".encode())
         os._exit(code)
 
 
