@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from experiments.settings import check
 from jaxalign import shard
@@ -70,6 +70,10 @@ def main(run, name: str, *, folder: bool = True, check=check):
             if given.debug:
                 raise
             _leave(1, f"{type(error).__name__}: {error}\n(--debug shows where)")
+        except AttributeError as error:
+            if given.debug or not isinstance(error.obj, ConfigDict):
+                raise
+            _leave(1, f"the config has no setting {error.name!r}, which experiments.{name} reads: is it another program's?")
 
     app.run(start, flags_parser=partial(_parse, name, folder))
 
@@ -106,7 +110,10 @@ def _parse(name: str, folder: bool, arguments):
     if not Path(path).is_file():
         known = ", ".join(str(x) for x in sorted(Path("configs").glob("[a-z]*.py"))) or "none here; run from the repository's root"
         sys.exit(f"--config={given}: there is no file {path}. Configurations: {known}")
-    variants = runpy.run_path(path).get("VARIANTS", {})
+    try:
+        variants = runpy.run_path(path).get("VARIANTS", {})
+    except SyntaxError as error:
+        sys.exit(f"--config={given}: {path} is no Python: {error}")
     if variant and variant not in variants:
         sys.exit(f"--config={given}: {path} has no variant '{variant}'. Variants: {', '.join(variants) or 'none'}")
     known = f"; variants: {', '.join(variants)}" if variants else ""

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import jaxalign
 from jaxalign import score
 from jaxalign.models import checkpoints, files, gguf_file, layout
 from jaxalign.models.decoder import DecoderConfig, build
@@ -871,3 +873,12 @@ def test_smollm2_finds_numbered_lists_likelier_with_digits_split(smollm, shared)
         "The years:\n\n1999 was good.\n\n2000 was better.",
     ):
         assert nats(ours, text) < nats(file, text) - 5
+
+
+def test_what_the_package_says_of_itself_runs(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = textwrap.dedent(jaxalign.__doc__.partition("\n\n")[2].rpartition("\n\n")[0])
+    found = {"source": str(shared / "data" / "models" / "stories260k")}
+    exec(script, found)
+    assert float(found["metrics"]["train/skipped"]) == 0 and float(found["said"].logp[0, 1]) < 0
+    assert checkpoints.load("mine")[0] == found["config"] and found["drawn"].tokens.shape == (1, 8 + 16)

@@ -117,6 +117,16 @@ def test_a_program_that_ends_early_says_why_in_a_line(command, capsys, run, argu
     assert says in told and "Traceback" not in told
 
 
+def test_a_config_of_another_program_is_known_by_what_it_lacks(command, capsys):
+    command("sft")
+    with pytest.raises(SystemExit) as ended:
+        launch.main(lambda config, workdir: config.kl.beta, "sft")
+    assert ended.value.code == 1 and "the config has no setting 'kl', which experiments.sft reads" in capsys.readouterr().err
+    command("sft")
+    with pytest.raises(AttributeError, match="'dict' object"):  # any other is a fault of the program
+        launch.main(lambda config, workdir: {}.beta, "sft")
+
+
 def test_debug_shows_where(command):
     command("sft", "--debug")
     with pytest.raises(ValueError, match="nothing here to read"):
