@@ -85,18 +85,17 @@ def sentiment(config):
     return config
 
 
-def reasoned(config, template, pool, rows, read, length):
-    """Args: length: of a prompt with two demonstrations, in tokens."""
+def reasoned(config, template, pool, rows, read, *, shown: int, thought: int):
+    """Args, in tokens: shown: of a prompt with two demonstrations; thought: of one with none, and its chain of thought."""
     config.task.update(template=f"configs/prompts/{template}.json", pool=pool, rows=rows, read=read)
     config.curve.update(shots=(0, 1, 2, 4, 8), seeds=1, rankings=("random",))
     config.length, config.written = 0, 128
     config.beside.sft_thought.source = "stage:sft_thought"
     config.stages.sft_thought = supervised()
     follow(config, config.stages.sft_thought, "model")
-    for stage in (config.stages.sft, config.stages.sft_thought):
-        stage.data.length = 512
+    config.stages.sft.data.length, config.stages.sft_thought.data.length = 192, thought
     for stage in (config.stages.grpo, config.stages.sft_grpo):
-        stage.prompts.length = length
+        stage.prompts.length = shown
         stage.sample.length = 8
     return config
 
@@ -104,13 +103,15 @@ def reasoned(config, template, pool, rows, read, length):
 def strategyqa(config):
     """Yes or no."""
     path = "../shared/data/reasoning/strategyqa.jsonl"
-    return reasoned(config, "yes_no", path, path, "yes_no", 112)
+    return reasoned(config, "yes_no", path, path, "yes_no", shown=112, thought=192)
 
 
 def gsm8k(config):
     """Numbers."""
     folder = "../shared/data/reasoning"
-    return reasoned(config, "steps", f"{folder}/gsm8k_train.jsonl.gz", f"{folder}/gsm8k_dev.jsonl", "number", 320)
+    return reasoned(
+        config, "steps", f"{folder}/gsm8k_train.jsonl.gz", f"{folder}/gsm8k_dev.jsonl", "number", shown=320, thought=512
+    )
 
 
 def tiny(config):

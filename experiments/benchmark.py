@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.workloads import SHAPES, Bench, decode_work, flops_of, size_of, tokens_of
-from jaxalign.train.watch import COMPILED
+from jaxalign.train.watch import COMPILED, trim_when_compiled
 
 STEPS = {"tiny": (1, 2), "S": (2, 9), "M": (1, 5)}  # not measured, measured
 TASKS = ("limits", "sft", "ragged", "rm", "dpo", "update", "score", "gen", "ppo", "grpo")
@@ -161,6 +161,7 @@ def main(_):
     given = flags.FLAGS
     if given.one:  # one task, in this process
         jax.config.update("jax_enable_compilation_cache", False)
+        trim_when_compiled()
         documents = read(given.documents) if given.documents else []
         print(json.dumps(limits() if given.one == ["limits"] else measure(*given.one, documents)))
         return

@@ -34,7 +34,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.settings import check
 from jaxalign import shard
 from jaxalign.models import adapters, checkpoints, files, peft
-from jaxalign.train import checkpoint, log, report
+from jaxalign.train import checkpoint, log, report, watch
 
 ARCHITECTURE = "architecture.json"  # of a run's folder, for reading its checkpoints
 MADE_FROM = "made_from.json"  # of a stage's folder: what it read
@@ -55,6 +55,7 @@ def main(run, name: str, *, folder: bool = True, check=check):
         given = flags.FLAGS
         try:
             keep_compiled()
+            watch.trim_when_compiled()
             _join(given.distributed)
             check(given.config)
             _agree(given.config)

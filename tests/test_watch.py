@@ -1,5 +1,6 @@
 """What watches a run: it ends what is stuck, and nothing else."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -7,11 +8,12 @@ import textwrap
 import pytest
 
 
-def run(body: str, timeout=60):
+def run(body: str, **environment):
     """A program that watches: `body` is what its loop does. -> (exit code, output)"""
     program = "import os, signal, threading, time, jax, jax.numpy as jnp\nfrom jaxalign.train import watch\n"
     program += textwrap.dedent(body)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=timeout)
+    env = os.environ | environment
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -78,6 +80,34 @@ def test_a_second_signal_ends_the_run_at_once():
             time.sleep(60)
     """)
     assert code == 143 and "finishing this step, then saving; once more to stop at once" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc, and /proc")
+def test_what_was_freed_before_a_compilation_goes_back_to_the_system():
+    code, said = run(
+        """
+        from pathlib import Path
+        import numpy as np
+
+        def mib():
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+        def kept():
+            taken = [np.ones(2**20) for _ in range(25)]  # 8 MiB each
+            after = np.ones(2**10)  # so that they do not end the heap
+            del taken
+            before = mib()
+            jax.jit(lambda x: x + len(after))(jnp.zeros(3))
+            return before - mib()
+
+        jax.jit(lambda x: x)(0)
+        print("kept", kept() < 50)
+        watch.trim_when_compiled()
+        print("went", kept() > 150)
+    """,
+        GLIBC_TUNABLES="glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776",
+    )
+    assert code == 0 and "kept True" in said and "went True" in said, said
 
 
 def test_the_error_of_a_lone_process_is_its_own():

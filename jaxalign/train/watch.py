@@ -9,6 +9,7 @@ A run that is stopped ends with one of these exit codes:
                sent no heartbeat for a while.)
 """
 
+import ctypes
 import faulthandler
 import os
 import select
@@ -110,6 +111,12 @@ class Watch:
         with suppress(OSError):
             os.write(2, f"{cursor}\n{said} (exit code {code})\n".encode())
         os._exit(code)
+
+
+def trim_when_compiled():
+    """What compiling took and freed goes back to the system from now on, though malloc was told to keep what is freed."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: event == COMPILED and trim(0))
 
 
 @contextmanager
