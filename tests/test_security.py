@@ -33,6 +33,7 @@ ALLOWED = {
     ("jaxalign/data/templates.py", "subprocess"): "the worker, which is this file",
     ("experiments/benchmark.py", "subprocess"): "itself, a process for each task, whose peak of memory is then its own",
     ("experiments/launch.py", "runpy"): "the config file, which is the user's own code",
+    ("jaxalign/train/watch.py", "ctypes"): "malloc_trim, of the C library that the process has",
     ("experiments/__init__.py", "os.execv"): "the command itself once more, as it was typed",
 }
 CALLS = ("eval", "exec", "compile", "__import__", "execfile", "breakpoint")
