@@ -2,7 +2,7 @@
 
 A row has "asked" and "prefix", which its prompt is made of; "answers" with their "scores", where it is multiple choice; "targets"
 where it is to be written; and how what is written is cut: "stop", "regex". Choices are shown in the order of the file. BIG-bench
-draws it, and the demonstrations.
+draws it, and the demonstrations; and it passes over a stop string that a text begins with, which here ends the text.
 """
 
 import json
