@@ -56,9 +56,8 @@ def answers(config, loaded, mesh, prompts, gold):
             found.append({name: x[:count] for name, x in of_rows.items()})
             for r, (prompt, response) in enumerate(texts[:count]):
                 samples.append({"prompt": prompt, "response": response} | {name: float(x[r]) for name, x in of_rows.items()})
-        return {name: np.concatenate([part[name] for part in found]) for name in (found[0] if found else ())}, samples[
-            : config.evaluate.samples
-        ]
+        names = found[0] if found else ()  # no prompts: nothing
+        return {name: np.concatenate([part[name] for part in found]) for name in names}, samples[: config.evaluate.samples]
 
     return measure
 

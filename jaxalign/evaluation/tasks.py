@@ -226,8 +226,8 @@ TASKS = {
         metrics=("accuracy",),
         group=lambda row: row["task"],
     ),
-    # Cobbe et al. 2021; demonstrations are their solutions, without calls of a calculator. Answers that their script does not read count,
-    # too (extract.number): "#### $18", "18.00", and the last number where there is no "####"
+    # Cobbe et al. 2021; demonstrations are their solutions, without calls of a calculator. Numbers that their script does not read
+    # count, too (extract.number): "#### $18", "18.00", and the last one where there is no "####"
     "gsm8k": _GSM8K,
     # Kojima et al. 2022: no demonstrations, and two stages
     "gsm8k_zero_shot": _GSM8K._replace(
