@@ -11,6 +11,7 @@ import pytest
 def run(body: str, **environment):
     """A program that watches: `body` is what its loop does. -> (exit code, output)"""
     program = "import os, signal, threading, time, jax, jax.numpy as jnp\nfrom jaxalign.train import watch\n"
+    program += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whatever nohup the tests run under
     program += textwrap.dedent(body)
     env = os.environ | environment
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
