@@ -60,24 +60,22 @@ def openings(config, policy, mesh, own=None):
     width = length + config.sample.length
 
     def play(draw, params, row_keys, starts, group):
-        drawn = None
-
-        def respond(documents, turn):
-            nonlocal drawn
-            rows = common.rows_of(documents, range(len(documents)), length, mesh, vocab)
-            if turns == 1:
-                drawn = draw(params, row_keys, rows, group)
-            else:
-                drawn = draw(params, jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn), rows)
-            batch = shard.fetch(drawn[0])
-            return [tokens[wrote].tolist() for tokens, wrote in zip(batch.tokens, batch.weights > 0, strict=True)]
-
         prompts, states = zip(*starts, strict=True)
-        known = {"encode": encode, "decode": decode, "turns": turns, "length": length}
-        episodes = environments.play(answers, states, prompts, respond, **known)
-        scores = shard.place(np.array([episode.reward for episode in episodes], np.float32), mesh)
+
+        def drawn(documents, row_keys, *group):
+            batch, logp = draw(params, row_keys, common.rows_of(documents, range(len(documents)), length, mesh, vocab), *group)
+            return batch, logp, [response for _, response in common.ids(batch)]
+
+        def played(respond):
+            known = {"encode": encode, "decode": decode, "turns": turns, "length": length}
+            episodes = environments.play(answers, states, prompts, respond, **known)
+            return episodes, shard.place(np.array([episode.reward for episode in episodes], np.float32), mesh)
+
         if turns == 1:
-            return drawn[0], scores, drawn[1]
+            batch, logp, said = drawn(prompts, row_keys, group)
+            return batch, played(lambda documents, turn: said)[1], logp
+        of_turn = jax.vmap(jax.random.fold_in, (0, None))
+        episodes, scores = played(lambda documents, turn: drawn(documents, of_turn(row_keys, turn))[2])
         batch = tables.check(tables.pad([episode.document for episode in episodes], width), vocab)
         return shard.place(batch, mesh), scores, None
 

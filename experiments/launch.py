@@ -10,7 +10,6 @@ Exit codes of every program:
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.settings import check
 from jaxalign import shard
 from jaxalign.models import adapters, checkpoints, files, peft
+from jaxalign.prompts import template
 from jaxalign.train import checkpoint, log, report, watch
 
 ARCHITECTURE = "architecture.json"  # of a run's folder, for reading its checkpoints
@@ -91,8 +91,7 @@ def _leave(code: int, said: str):
 def _agree(config):
     """ValueError where the processes of a run were given different settings: they would not compute the same."""
     if jax.process_count() > 1:
-        mine = np.frombuffer(hashlib.sha256(json.dumps(log.plain(config), sort_keys=True).encode()).digest()[:4], np.uint32)
-        of_all = multihost_utils.process_allgather(mine).ravel()
+        of_all = multihost_utils.process_allgather(np.uint32(int(template.fingerprint(log.plain(config))[:8], 16))).ravel()
         if other := np.flatnonzero(of_all != of_all[0]).tolist():
             raise ValueError(f"processes {', '.join(map(str, other))} were given other settings than process 0: give all the same")
 

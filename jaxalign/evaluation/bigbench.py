@@ -1,7 +1,7 @@
 """Tasks of BIG-bench as JSON files. Srivastava et al. 2022, and the fields of their docs/doc.md.
 
 A row has "asked" and "prefix", which its prompt is made of; "answers" with their "scores", where it is multiple choice; "targets"
-where it is to be written; and how what is written is cut: "stop", "regex". Choices are shown in the order of the file. BIG-bench
+where it is to be written; and how what is written is cut: "until", "regex". Choices are shown in the order of the file. BIG-bench
 draws it, and the demonstrations; and it passes over a stop string that a text begins with, which here ends the text.
 """
 
@@ -78,6 +78,6 @@ def _row(said: dict, metrics: set, example: dict, path: Path) -> dict:
         "answers": [space + choice for choice in scores] if scores and METRICS[0] in metrics else [],
         "scores": list(scores.values()) if scores else [],
         "targets": [target.strip() for target in targets] if METRICS[1] in metrics else [],
-        "stop": stop or "",
+        "until": (stop,) if stop else (),
         "regex": expression or ("" if stop else UP_TO_A_STOP),
     }

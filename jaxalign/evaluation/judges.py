@@ -110,7 +110,7 @@ def of_bigbench(row, said, written):
         best, _ = answers.search(_summed(said))
         found = {"answer": row["answers"][best].strip(), "multiple_choice_grade": float(row["scores"][best])}
     if row["targets"]:
-        found |= {"exact_str_match": bigbench.exact_str_match(row, written[0])}
+        found["exact_str_match"] = bigbench.exact_str_match(row, written[0])
     return found
 
 

@@ -21,7 +21,12 @@ REFUSALS = re.compile(
 
 def normalised(text: str) -> str:
     """In small letters, without punctuation and articles, single spaces: SQuAD's evaluate-v2.0.py (Rajpurkar et al. 2018)."""
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+    return " ".join(ARTICLES.sub(" ", _plain(text)).split())
+
+
+def _plain(text: str) -> str:
+    """In small letters, without punctuation, single spaces."""
+    return " ".join(text.lower().translate(PUNCTUATION).split())
 
 
 def exact_match(prediction: str, references) -> float:
@@ -31,8 +36,7 @@ def exact_match(prediction: str, references) -> float:
 
 def same_words(prediction: str, references) -> float:
     """Whether it is any reference, in small letters, without punctuation: articles count. Super-NaturalInstructions."""
-    plain, *known = (" ".join(text.lower().translate(PUNCTUATION).split()) for text in (prediction, *references))
-    return float(plain in known)
+    return float(_plain(prediction) in map(_plain, references))
 
 
 def token_f1(prediction: str, references) -> float:

@@ -54,6 +54,8 @@ def questions(source: str) -> list[dict] | None:
 
 
 def passages(source: str) -> list[dict] | None:
+    """What the questions are about."""
+
     def of(here, paragraph):
         return [{"id": here["passage_id"], "title": here["title"], "text": paragraph["context"]}]
 

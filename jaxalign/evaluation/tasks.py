@@ -206,7 +206,7 @@ TASKS = {
         bigbench.TEMPLATE,
         columns=(),
         answers=lambda row: row["answers"],
-        until=lambda row: ((row["stop"],) if row["stop"] else ()) if row["targets"] else None,
+        until=lambda row: row["until"] if row["targets"] else None,
         judge=judges.of_bigbench,
         metrics=bigbench.METRICS,
         group=lambda row: row["task"],

@@ -50,11 +50,11 @@ def make_step(
         return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, {**sums, "loss/total": loss}))
 
     def step(state: TrainState, data, *, axis=None):
-        if (rows := len(jax.tree.leaves(data)[0])) % accumulate:
-            raise ValueError(f"accumulate = {accumulate}: {rows} rows do not divide into as many micro-batches")
         if accumulate == 1:
             grads, sums = sums_of(state.params, state.frozen, data)
         else:
+            if (rows := len(jax.tree.leaves(data)[0])) % accumulate:
+                raise ValueError(f"accumulate = {accumulate}: {rows} rows do not divide into as many micro-batches")
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), data)
 
             def add(total, part):

@@ -76,8 +76,7 @@ class Watch:
         if self.told:
             self._leave(128 + number, "stopped at once")
         self.told.append(number)
-        with suppress(OSError):  # who reads it may have been stopped by the same Ctrl-C
-            os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
+        _warn("finishing this step, then saving; once more to stop at once")
 
     def _count(self, event, seconds, **_):
         self.compiling = event == LOWERED or (self.compiling and event != COMPILED)
@@ -108,9 +107,14 @@ class Watch:
 
     def _leave(self, code: int, said: str):
         cursor = "\x1b[?25h" if sys.stdout and sys.stdout.isatty() else ""  # which the live line hides
-        with suppress(OSError):
-            os.write(2, f"{cursor}\n{said} (exit code {code})\n".encode())
+        _warn(f"{said} (exit code {code})", cursor)
         os._exit(code)
+
+
+def _warn(text: str, before: str = ""):
+    """Written at once, and though nobody reads it: who does may have been stopped by the same Ctrl-C."""
+    with suppress(OSError):
+        os.write(2, f"{before}\n{text}\n".encode())
 
 
 def trim_when_compiled():
@@ -135,5 +139,5 @@ def peers():
             f"process {jax.process_index()} of {jax.process_count()}: another process of this run has ended, or cannot be reached "
             f"({reason}). Start all processes again: they go on from the last checkpoint (exit code {PEER_LOST})"
         )
-        os.write(2, f"\n{said}\n".encode())
+        _warn(said)
         os._exit(PEER_LOST)
